@@ -1,0 +1,375 @@
+"""The settings of each stage: one home, one spelling, one default for every value.
+
+`conf/` is checked against these dataclasses by Hydra, so a typo or a wrong type stops at once;
+`OmegaConf.to_object` then runs every `__post_init__`, and from there on the code sees plain
+dataclasses. Defaults come from the literature where it gives one: [N+] is Huang et al. 2024,
+"The N+ Implementation Details of RLHF with PPO"; [InstructGPT] is Ouyang et al. 2022.
+
+Only this file and `launch.py` know Hydra. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from rlhf.errors import ConfigError
+
+PROJECT = Path(__file__).resolve().parent.parent
+CONF = PROJECT / "conf"
+
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+,-]{0,119}")
+
+
+def _above(name: str, value: float, low: float, why: str) -> None:
+    if value <= low:
+        raise ConfigError(f"{name}={value}: must be above {low:g}. {why}")
+
+
+def _between(name: str, value: float, low: float, high: float, why: str) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value}: must lie in [{low:g}, {high:g}]. {why}")
+
+
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(str(choice) for choice in choices)
+        raise ConfigError(f"{name}={value}: no such choice. Choose one of: {listed}.")
+
+
+# ---------------------------------------------------------------- groups
+
+
+@dataclass
+class ModelConfig:
+    """The base model that SFT starts from: a local folder, or a name on the model hub."""
+
+    path: str = MISSING
+    revision: str | None = None
+    dtype: str = "auto"  # of the loaded weights; auto: as engine.dtype
+    attn: str = "auto"  # attention implementation of transformers; auto: its own choice
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, ("auto", "fp32", "bf16"))
+
+
+@dataclass
+class ColumnsConfig:
+    """What the columns are called in the file."""
+
+    messages: str = "messages"
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+
+@dataclass
+class DataConfig:
+    """Where rows come from, and what is refused.
+
+    `path` is a folder with train.jsonl, validation.jsonl and perhaps test.jsonl (.gz is fine), the
+    common start of such files (`dir/name` for dir/name.train.jsonl), or one file, from which a
+    tenth of the prompts is then set aside for validation.
+    """
+
+    path: str = MISSING
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    max_rows: int | None = None  # of the training split
+    max_bad_fraction: float = 0.0  # more bad rows than this stop the run
+    max_prompt_tokens: int = 512
+    max_response_tokens: int = 512
+    gold: str | None = None  # "path.py:function", the measure that training never sees
+
+    def __post_init__(self) -> None:
+        why = "A bad row is dropped and counted; this share of them is accepted."
+        _between("data.max_bad_fraction", self.max_bad_fraction, 0, 1, why)
+        for name in ("max_prompt_tokens", "max_response_tokens"):
+            _above(f"data.{name}", getattr(self, name), 0, "Longer rows are dropped and counted.")
+        if self.max_rows is not None:
+            _above("data.max_rows", self.max_rows, 0, "Use null for all rows.")
+
+
+@dataclass
+class TemplateConfig:
+    """How a conversation becomes text. `chat_template` null keeps the tokenizer's own."""
+
+    name: str = MISSING
+    chat_template: str | None = None
+
+
+@dataclass
+class MethodConfig:
+    """Which weights are trained, and how. `rlhf/methods/table.py` says what each method allows."""
+
+    name: str = MISSING
+
+
+@dataclass
+class FullConfig(MethodConfig):
+    """Every weight is trained."""
+
+    name: str = "full"
+
+
+@dataclass
+class LoraConfig(MethodConfig):
+    """Low-rank adapters on linear layers (Hu et al. 2021): W + alpha/rank * B A, B = 0 at start."""
+
+    name: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = "all-linear"  # or layer names, comma-separated: q_proj,v_proj
+
+    def __post_init__(self) -> None:
+        why = "It is the inner size of the two LoRA matrices; 8 to 64 is usual."
+        _above("method.rank", self.rank, 0, why)
+        _above("method.alpha", self.alpha, 0, "The update is scaled by alpha / rank.")
+        _between("method.dropout", self.dropout, 0, 0.99, "It is a probability.")
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed ZeRO and numerics."""
+
+    zero_stage: int = 2
+    offload: bool = False
+    dtype: str = "auto"  # bf16 on a GPU that has it, fp32 on a CPU
+    checkpointing: bool = False  # recompute activations in the backward pass
+
+    def __post_init__(self) -> None:
+        _one_of("engine.zero_stage", self.zero_stage, (0, 1, 2, 3))
+        _one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16"))
+
+
+@dataclass
+class TrainConfig:
+    """The supervised loop of SFT and RM. Sizes are global, whatever the number of processes."""
+
+    learning_rate: float = 1e-4
+    epochs: float = 1.0
+    max_steps: int | None = None  # optimizer steps; null: what epochs says
+    batch_size: int = 64  # rows (RM: pairs) per optimizer step
+    micro_batch_size: int = 16  # rows per forward pass and process
+    warmup: float = 0.03  # share of all steps
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    eval_every: int = 50  # optimizer steps
+
+    def __post_init__(self) -> None:
+        _above("train.learning_rate", self.learning_rate, 0, "Nothing would be learnt.")
+        _above("train.epochs", self.epochs, 0, "Nothing would be learnt.")
+        for name in ("batch_size", "micro_batch_size", "eval_every"):
+            _above(f"train.{name}", getattr(self, name), 0, "It counts rows or steps.")
+        if self.max_steps is not None:
+            _above("train.max_steps", self.max_steps, 0, "Use null for what train.epochs says.")
+        _one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
+        _between("train.warmup", self.warmup, 0, 1, "It is a share of all steps.")
+        _above("train.max_grad_norm", self.max_grad_norm, 0, "1.0 is usual.")
+        _check_micro("train", self.batch_size, self.micro_batch_size)
+
+
+def _check_micro(group: str, batch: int, micro: int, name: str = "batch_size") -> None:
+    if batch % micro:
+        raise ConfigError(
+            f"{group}.{name}={batch} is not a multiple of {group}.micro_batch_size={micro}: rows "
+            f"are summed over whole micro-batches. Set {group}.micro_batch_size to a divisor."
+        )
+
+
+@dataclass
+class SamplingConfig:
+    """How responses are drawn; `old_logprobs` are those of this distribution."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    max_new_tokens: int = 64
+    batch_size: int = 64  # sequences drawn at once, per process
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"sampling.temperature={self.temperature}: must be above 0. PPO samples from a "
+                "distribution; 1.0 is the usual choice."
+            )
+        _between("sampling.top_p", self.top_p, 1e-6, 1, "1.0 switches it off.")
+        _above("sampling.top_k", self.top_k, -1, "0 switches it off.")
+        _above("sampling.max_new_tokens", self.max_new_tokens, 0, "Nothing would be sampled.")
+        _above("sampling.batch_size", self.batch_size, 0, "It counts sequences.")
+
+
+@dataclass
+class PPOConfig:
+    """Proximal policy optimization (Schulman et al. 2017) as RLHF uses it. Sizes are global."""
+
+    steps: int = 100  # rollout + update rounds
+    batch_size: int = 64  # prompts per step
+    micro_batch_size: int = 16  # sequences per forward pass and process
+    epochs: int = 4  # passes over each rollout [N+]
+    minibatches: int = 1  # optimizer steps per pass [N+]
+    learning_rate: float = 1e-5
+    critic_learning_rate: float = 1e-5
+    warmup: float = 0.0  # share of all optimizer steps
+    schedule: str = "linear"  # to zero at the last step [N+]
+    max_grad_norm: float = 1.0
+    kl_coef: float = 0.05  # on the per-token k1 estimate, taken off the reward [N+]
+    gamma: float = 1.0  # [N+]
+    lam: float = 0.95  # [N+]
+    cliprange: float = 0.2  # [N+]
+    cliprange_value: float = 0.2  # [N+]
+    vf_coef: float = 0.1  # [N+]
+    whiten_advantages: bool = True  # to mean 0 and variance 1, over all processes [N+]
+    missing_eos_penalty: float = 1.0  # taken off the score of an answer cut at the limit
+    eval_every: int = 0  # steps between held-out evaluations; 0: only at the end
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "epochs", "minibatches"):
+            _above(f"ppo.{name}", getattr(self, name), 0, "It counts something.")
+        for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
+            _above(f"ppo.{name}", getattr(self, name), 0, "Nothing would be learnt.")
+        for name in ("cliprange", "cliprange_value"):
+            _above(f"ppo.{name}", getattr(self, name), 0, "0.2 is usual.")
+        for name in ("gamma", "lam"):
+            _between(f"ppo.{name}", getattr(self, name), 0, 1, "It discounts the future.")
+        for name in ("kl_coef", "vf_coef", "missing_eos_penalty", "eval_every"):
+            _between(f"ppo.{name}", getattr(self, name), 0, float("inf"), "0 switches it off.")
+        _one_of("ppo.schedule", self.schedule, ("constant", "linear", "cosine"))
+        _between("ppo.warmup", self.warmup, 0, 1, "It is a share of all optimizer steps.")
+        if self.batch_size % self.minibatches:
+            raise ConfigError(
+                f"ppo.batch_size={self.batch_size} cannot be split into "
+                f"ppo.minibatches={self.minibatches} equal parts. Choose a divisor."
+            )
+        _check_micro(
+            "ppo",
+            self.batch_size // self.minibatches,
+            self.micro_batch_size,
+            "batch_size / ppo.minibatches",
+        )
+
+
+@dataclass
+class EvaluationConfig:
+    """Sampling on held-out prompts, at temperature 1 and without top-k or top-p."""
+
+    prompts: int = 200  # from the validation split; 0: no sampling
+    best_of: int = 8  # SFT: samples per prompt; the best by gold is the ceiling to aim for
+    samples: int = 5  # answers shown on the console; samples.jsonl holds all
+
+    def __post_init__(self) -> None:
+        _between("evaluation.prompts", self.prompts, 0, float("inf"), "0 switches it off.")
+        _above("evaluation.best_of", self.best_of, 0, "1 draws one answer per prompt.")
+        _between("evaluation.samples", self.samples, 0, float("inf"), "It counts answers.")
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases. metrics.jsonl and the console get the same numbers whatever the mode."""
+
+    mode: str = "auto"  # auto: online when a key is at hand, else offline
+    project: str = "rlhf"
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("tracking.mode", self.mode, ("auto", "online", "offline", "off"))
+
+
+# ---------------------------------------------------------------- stages
+
+
+@dataclass
+class StageConfig:
+    """What every stage has."""
+
+    stage: str = MISSING
+    seed: int = 0
+    run: str = "tiny"  # the line of work; parents are looked up under it
+    run_name: str = "${run}"
+    runs_dir: str = "${oc.env:RLHF_RUNS,runs}"
+    overwrite: bool = False  # move a finished run of that name aside and run again
+    template: TemplateConfig = MISSING
+    data: DataConfig = MISSING
+    method: MethodConfig = MISSING
+    engine: EngineConfig = MISSING
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = MISSING
+
+    def __post_init__(self) -> None:
+        for name in ("run", "run_name"):
+            value = getattr(self, name)
+            if not RUN_NAME.fullmatch(value):
+                raise ConfigError(
+                    f"{name}={value!r}: cannot name a run. It becomes a folder: use letters, "
+                    "digits and . _ = + , - (no slash, no space, at most 120 of them)."
+                )
+
+
+@dataclass
+class SFTStage(StageConfig):
+    """Stage 1: a base model learns to answer."""
+
+    stage: str = "sft"
+    model: ModelConfig = MISSING
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class RMStage(StageConfig):
+    """Stage 2: the SFT model with a scalar head learns which of two answers people prefer."""
+
+    stage: str = "rm"
+    policy_from: str = "sft/${run}"
+    center_coef: float = 0.0  # pulls scores towards 0 (Eisenstein et al. 2023); 0: off
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class PPOStage(StageConfig):
+    """Stage 3: the SFT model learns to score well without drifting from where it started."""
+
+    stage: str = "ppo"
+    policy_from: str = "sft/${run}"
+    rm_from: str = "rm/${run}"
+    allow_foreign_rm: bool = False
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+SCHEMAS: dict[str, type[StageConfig]] = {"sft": SFTStage, "rm": RMStage, "ppo": PPOStage}
+
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "template": TemplateConfig,
+    "method": LoraConfig,  # the largest; FullConfig has no settings
+    "engine": EngineConfig,
+    "tracking": TrackingConfig,
+}
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; each file in `conf/` heads its defaults list with one."""
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+    for group, node in GROUPS.items():
+        store.store(group=group, name=f"{group}_schema", node=node)
+    for method in (FullConfig, LoraConfig):
+        store.store(group="method", name=f"{method.name}_schema", node=method)
+    OmegaConf.register_new_resolver("project", lambda path: str(PROJECT / path), replace=True)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested config as one level of dotted keys: {"ppo.kl_coef": 0.05, ...}."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return out

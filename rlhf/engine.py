@@ -1,0 +1,213 @@
+"""DeepSpeed: the only file that imports it. One process or many, the same calls.
+
+On a CPU no operator is compiled at start: no optimizer block in the DeepSpeed config (torch's
+AdamW is handed over instead) and no shared-memory communication op.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlhf.config import EngineConfig
+from rlhf.ranks import world_size
+
+
+def start(seed: int) -> None:
+    """Join the process group (of one, when started by plain `python`) and seed every generator."""
+    _quiet_libraries()
+    for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile for a minute
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if world_size() == 1:  # no port is opened, so that two runs never meet
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _quiet_libraries() -> None:
+    """Libraries' notes on their own internals do not belong in a user's log."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("DeepSpeed", "transformers", "trl", "peft", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", module=r"(torch|transformers|deepspeed|trl|peft|accelerate)\b"
+    )
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def dtype(cfg: EngineConfig) -> torch.dtype:
+    """The dtype to train in: bf16 on a GPU that has it, else fp32, unless `engine.dtype` says."""
+    if cfg.dtype != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def where(cfg: EngineConfig) -> dict[str, str]:
+    """{"dtype", "device"}, for the manifest."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"dtype": str(dtype(cfg)).removeprefix("torch."), "device": name}
+
+
+def deepspeed_config(
+    cfg: EngineConfig, *, micro_batch_size: int, accumulation: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """The whole DeepSpeed config, for our engines and for TRL's trainers alike.
+
+    Args:
+        cfg: the `engine` settings.
+        micro_batch_size: rows per forward pass and process.
+        accumulation: backward passes per optimizer step.
+        max_grad_norm: global gradient norm is clipped to it.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * world_size(),
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype(cfg) == torch.bfloat16},
+        "zero_optimization": {"stage": cfg.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def learning_rate_factor(schedule: str, *, warmup: float, total: int) -> Callable[[int], float]:
+    """Optimizer step -> factor on the learning rate: linear warm-up, then the schedule to zero."""
+    warmup_steps = math.ceil(warmup * total)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = (step - warmup_steps) / max(1, total - warmup_steps)
+        if schedule == "constant":
+            return 1.0
+        if schedule == "linear":
+            return max(0.0, 1.0 - progress)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+class Engine:
+    """A model in training: forward passes on `module`, then `backward` and `step`.
+
+    Losses given to `backward` are parts of a sum over all micro-batches and all processes, already
+    divided by the global count; one `step` follows each `backward`, and every `accumulation`-th
+    of them updates the weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cfg: EngineConfig,
+        *,
+        learning_rate: float,
+        factor: Callable[[int], float],
+        micro_batch_size: int,
+        accumulation: int,
+        max_grad_norm: float,
+    ) -> None:
+        import deepspeed
+
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, eps=1e-5)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=trained,
+            optimizer=optimizer,
+            lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, factor),
+            config=deepspeed_config(
+                cfg,
+                micro_batch_size=micro_batch_size,
+                accumulation=accumulation,
+                max_grad_norm=max_grad_norm,
+            ),
+        )
+        # DeepSpeed divides a loss by the accumulation steps and averages over processes; our
+        # losses are parts of a sum, so both are undone.
+        self._scale = accumulation * world_size()
+        self.module: nn.Module = self._engine.module
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss * self._scale)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the last update's gradients, before clipping; None where not known."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, on each of them."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every process, by rank, on each of them."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on each process."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,321 @@
+"""Held-out measures: what the policy answers, what the reward model gets right, who wins.
+
+Held-out sampling is the same for every model that is compared: temperature 1, the same prompts,
+the same noise keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf import engine, models
+from rlhf.config import SamplingConfig, StageConfig
+from rlhf.data import Gold
+from rlhf.losses import logprobs_of
+from rlhf.models import Roles
+from rlhf.rollout import Rollout, pad_left, sample
+from rlhf.text import Renderer
+
+
+@dataclass
+class Answers:
+    """One answer per prompt.
+
+    Attributes:
+        prompt_ids, answer_ids: token ids, without padding.
+        texts: the answers as text.
+        ended: whether each answer ended by EOS.
+        gold: the gold score of each, where the data has one.
+        scores: the reward model's verdict on each; empty where none was asked.
+        kl: nats, log policy - log reference of each answer; empty where no reference was given.
+    """
+
+    prompt_ids: list[list[int]]
+    answer_ids: list[list[int]]
+    texts: list[str]
+    ended: list[bool]
+    gold: list[float] | None = None
+    scores: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+
+
+def answer(
+    policy: nn.Module,
+    renderer: Renderer,
+    rows: list[dict[str, Any]],
+    *,
+    cfg: SamplingConfig,
+    seed: int,
+    gold: Gold | None = None,
+    roles: Roles | None = None,
+) -> Answers:
+    """Sample one answer per row at temperature 1, and measure it.
+
+    Args:
+        policy: a language model.
+        renderer: makes the prompts.
+        rows: with "prompt" messages.
+        cfg: the `sampling` settings; temperature is taken to be 1.
+        seed: of the noise; two models compared share it.
+        gold: a measure that training never sees, where there is one.
+        roles: the reward model that scores and the reference that KL is to.
+    """
+    if not rows:
+        return Answers([], [], [], [])
+    prompts = [renderer.prompt(row["prompt"]) for row in rows]
+    at_one = SamplingConfig(
+        temperature=1.0, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size
+    )
+    drawn = sample(
+        policy,
+        prompts,
+        keys=range(len(rows)),
+        seed=seed,
+        cfg=at_one,
+        pad_id=renderer.pad_id,
+        eos_id=renderer.eos_id,
+        device=engine.device(),
+    )
+    ids = drawn.answer_ids()
+    texts = [renderer.decode(row) for row in ids]
+    out = Answers(prompts, ids, texts, drawn.ended.tolist())
+    if gold is not None:
+        out.gold = gold([row["prompt"][-1]["content"] for row in rows], texts, rows)
+    if roles is not None:
+        sequences = [p + a for p, a in zip(prompts, ids, strict=True)]
+        out.scores = score_all(roles.reward_model, sequences, renderer.pad_id, cfg.batch_size)
+        out.kl = kl_to_reference(roles.reference, drawn, cfg.batch_size)
+    return out
+
+
+@torch.no_grad()
+def score_all(
+    reward_model: nn.Module, sequences: Sequence[list[int]], pad_id: int, batch_size: int
+) -> list[float]:
+    """The reward model's verdict on each token sequence, in order."""
+    out: list[float] = []
+    for start in range(0, len(sequences), batch_size):
+        ids, mask = pad_left(sequences[start : start + batch_size], pad_id, engine.device())
+        out += models.scores(reward_model, ids, mask).tolist()
+    return out
+
+
+@torch.no_grad()
+def kl_to_reference(reference: nn.Module, drawn: Rollout, batch_size: int) -> list[float]:
+    """log policy - log reference of each answer in nats: its mean estimates the KL (k1)."""
+    out: list[float] = []
+    for start in range(0, len(drawn.prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        responses, mask = drawn.responses[rows], drawn.response_mask[rows]
+        ids = torch.cat([drawn.prompts[rows], responses], dim=1)
+        real = torch.cat([drawn.prompt_mask[rows], mask], dim=1)
+        logits = models.response_logits(reference, ids, real, responses.shape[1])
+        ref_logprobs = logprobs_of(logits, responses)
+        out += torch.where(mask, drawn.logprobs[rows] - ref_logprobs, 0.0).sum(1).tolist()
+    return out
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval (normal approximation, n - 1 in the variance)."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} (95 % {self.low:.3f} to {self.high:.3f})"
+
+
+def mean_of(numbers: Sequence[float]) -> Mean:
+    """Mean and 95 % interval of independent numbers."""
+    n = len(numbers)
+    mean = sum(numbers) / n
+    variance = sum((x - mean) ** 2 for x in numbers) / max(1, n - 1)
+    half = 1.96 * math.sqrt(variance / n)
+    return Mean(mean, mean - half, mean + half)
+
+
+def win_rate(challenger: Sequence[float], other: Sequence[float]) -> Mean:
+    """Share of prompts on which `challenger` measures higher; a tie counts half."""
+    pairs = zip(challenger, other, strict=True)
+    return mean_of([0.5 if a == b else float(a > b) for a, b in pairs])
+
+
+BEST_OF = 8
+
+
+def ceiling(
+    policy: nn.Module,
+    renderer: Renderer,
+    rows: list[dict[str, Any]],
+    *,
+    cfg: StageConfig,
+    gold: Gold | None,
+) -> dict[str, float]:
+    """Mean gold of SFT samples on held-out prompts, and of the best of 8: the room PPO has.
+
+    Returns:
+        eval/gold with its 95 % interval, eval/gold_best_of_8; nothing without a gold score.
+    """
+    rows = rows[: cfg.evaluation.prompts]
+    if gold is None or not rows:
+        return {}
+    draws = []
+    for draw in range(BEST_OF):
+        answers = answer(policy, renderer, rows, cfg=cfg.sampling, seed=cfg.seed + draw, gold=gold)
+        assert answers.gold is not None
+        draws.append(answers.gold)
+    per_prompt = list(zip(*draws, strict=True))
+    mean = mean_of([sum(g) / BEST_OF for g in per_prompt])
+    return {
+        "eval/gold": mean.value,
+        "eval/gold_ci_low": mean.low,
+        "eval/gold_ci_high": mean.high,
+        "eval/gold_best_of_8": mean_of([max(g) for g in per_prompt]).value,
+    }
+
+
+def pairs(
+    reward_model: nn.Module, rows: list[dict[str, list[int]]], pad_id: int, *, batch_size: int
+) -> dict[str, float]:
+    """How often the reward model prefers the chosen answer of held-out pairs; a tie counts half.
+
+    Returns:
+        eval/accuracy with its 95 % interval, eval/margin, and eval/accuracy_longer: what
+        "the longer answer wins" would get.
+    """
+    chosen = score_all(reward_model, [row["chosen_ids"] for row in rows], pad_id, batch_size)
+    rejected = score_all(reward_model, [row["rejected_ids"] for row in rows], pad_id, batch_size)
+    accuracy = win_rate(chosen, rejected)
+    longer = win_rate(
+        [len(row["chosen_ids"]) for row in rows], [len(row["rejected_ids"]) for row in rows]
+    )
+    return {
+        "eval/accuracy": accuracy.value,
+        "eval/accuracy_ci_low": accuracy.low,
+        "eval/accuracy_ci_high": accuracy.high,
+        "eval/accuracy_longer": longer.value,
+        "eval/margin": mean_of([c - r for c, r in zip(chosen, rejected, strict=True)]).value,
+    }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The same held-out prompts, answered before and after PPO.
+
+    Attributes:
+        rows: of the validation split.
+        renderer, cfg, gold: as in `answer`.
+    """
+
+    rows: list[dict[str, Any]]
+    renderer: Renderer
+    cfg: StageConfig
+    gold: Gold | None
+
+    def answers(self, policy: nn.Module, roles: Roles) -> Answers:
+        """One answer per prompt at temperature 1, with gold, score and KL to the reference."""
+        return answer(
+            policy,
+            self.renderer,
+            self.rows[: self.cfg.evaluation.prompts],
+            cfg=self.cfg.sampling,
+            seed=self.cfg.seed,
+            gold=self.gold,
+            roles=roles,
+        )
+
+    def compare(self, before: Answers, after: Answers) -> dict[str, float]:
+        """Scores, KL, and gold with the share of prompts on which the later answer wins."""
+        if not before.texts:
+            return {}
+        out = {
+            "eval/score": mean_of(after.scores).value,
+            "eval/score_sft": mean_of(before.scores).value,
+            "eval/kl": mean_of(after.kl).value,
+        }
+        if before.gold is not None and after.gold is not None:
+            mean, wins = mean_of(after.gold), win_rate(after.gold, before.gold)
+            out |= {
+                "eval/gold": mean.value,
+                "eval/gold_ci_low": mean.low,
+                "eval/gold_ci_high": mean.high,
+                "eval/gold_sft": mean_of(before.gold).value,
+                "eval/win_rate": wins.value,
+                "eval/win_rate_ci_low": wins.low,
+                "eval/win_rate_ci_high": wins.high,
+            }
+        return out
+
+    def samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
+        """The same prompts answered by SFT and by PPO, with the reward model's score and gold."""
+        out = []
+        for i, row in enumerate(self.rows[: len(before.texts)]):
+            sample: dict[str, Any] = {"prompt": row["prompt"][-1]["content"]}
+            for who, answers in (("sft", before), ("ppo", after)):
+                sample[who] = answers.texts[i]
+                sample[f"{who}_score"] = answers.scores[i]
+                sample[f"{who}_gold"] = None if answers.gold is None else answers.gold[i]
+                sample[f"{who}_ended"] = answers.ended[i]
+            out.append(sample)
+        return out
+
+
+# ---------------------------------------------------------------- closing tables
+
+
+def with_interval(metrics: dict[str, float], name: str) -> str:
+    """A number and its 95 % interval."""
+    low, high = metrics[f"{name}_ci_low"], metrics[f"{name}_ci_high"]
+    return f"{metrics[name]:.3f} (95 % {low:.3f} to {high:.3f})"
+
+
+def sft_summary(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """The closing table of SFT."""
+    rows = [
+        ("held-out loss, base model", f"{metrics['start/eval/loss']:.3f} nats per answer token"),
+        ("held-out loss, SFT", f"{metrics['eval/loss']:.3f} nats per answer token"),
+    ]
+    if "eval/gold" in metrics:
+        rows += [
+            ("gold of SFT samples", with_interval(metrics, "eval/gold")),
+            (
+                "gold, best of 8 samples",
+                f"{metrics['eval/gold_best_of_8']:.3f} (a ceiling for PPO)",
+            ),
+        ]
+    return rows
+
+
+def rm_summary(metrics: dict[str, float], split: str) -> list[tuple[str, str]]:
+    """The closing table of the reward model."""
+    return [
+        (f"accuracy on {split} pairs", with_interval(metrics, "eval/accuracy")),
+        ('"the longer one wins"', f"{metrics['eval/accuracy_longer']:.3f}"),
+        ("margin", f"{metrics['eval/margin']:.3f} (mean chosen - rejected score)"),
+    ]
+
+
+def ppo_summary(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """The closing table of PPO."""
+    if "eval/score" not in metrics:
+        return [("score of the last rollout", f"{metrics['objective/scores']:.3f}")]
+    rows = [
+        ("held-out score", f"{metrics['eval/score_sft']:.3f} -> {metrics['eval/score']:.3f}"),
+        ("KL to the reference", f"{metrics['eval/kl']:.2f} nats per answer, held out"),
+    ]
+    if "eval/gold" in metrics:
+        after = with_interval(metrics, "eval/gold")
+        wins = with_interval(metrics, "eval/win_rate")
+        rows += [
+            ("held-out gold", f"{metrics['eval/gold_sft']:.3f} -> {after}"),
+            ("PPO beats SFT by gold", f"{wins} of prompts, a tie counts half"),
+        ]
+    return rows

@@ -1,0 +1,251 @@
+"""From a command line to a checked config: compose, refuse, sweep, start ranks, exit codes.
+
+Exit codes: 0 finished or up to date, 1 a crash, 2 refused (one message, no traceback),
+3 stopped by a run-time guard, 130/143 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from rlhf import config, guards
+from rlhf.errors import ConfigError, RLHFError, StoppedByGuard
+
+C = TypeVar("C", bound=config.StageConfig)
+
+
+def stage(name: str) -> Callable[[Callable[[C], None]], Callable[[], None]]:
+    """Decorate `main(cfg)` of `stages/<name>.py`: it is called with a checked, plain dataclass."""
+
+    def decorate(main: Callable[[C], None]) -> Callable[[], None]:
+        def run() -> None:
+            sys.exit(_run(name, main))
+
+        return run
+
+    return decorate
+
+
+def _run(name: str, main: Callable[[C], None]) -> int:
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if any(flag in sys.argv[1:] for flag in ("-m", "--multirun")):
+            return sweep([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])
+        cfg: Any = compose(name)
+        if cfg is None:  # Hydra was asked to show something: --help, --cfg job
+            return 0
+        guards.check(cfg)
+        processes = int(os.environ.get("NPROC") or 1)
+        if processes > 1 and "RANK" not in os.environ:
+            return start_ranks(processes)
+        main(cfg)
+        return 0
+    except RLHFError as error:
+        return refuse(str(error))
+    except StoppedByGuard as error:
+        print(f"\nstopped: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted: nothing was published. The same command starts again.", file=sys.stderr
+        )
+        return 130
+    except Terminated:
+        print(
+            "\nterminated: nothing was published. The same command starts again.", file=sys.stderr
+        )
+        return 143
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that `with` blocks and locks are left in order."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def refuse(message: str) -> int:
+    """Print one message; rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"refused: {message}", file=sys.stderr)
+    return 2
+
+
+# ---------------------------------------------------------------- composing
+
+
+def compose(name: str) -> config.StageConfig | None:
+    """The config of stage `name` from `conf/` and this process's command line, checked.
+
+    Returns:
+        A plain dataclass, or None where Hydra was asked only to show something.
+
+    Raises:
+        ConfigError: an unknown setting, a wrong type, a value missing or one that cannot work.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us instead of Hydra's printer
+    config.register()
+    composed: list[DictConfig] = []
+    try:
+        hydra.main(version_base="1.3", config_path=str(config.CONF), config_name=name)(
+            composed.append
+        )()
+        return to_dataclasses(composed[0], name) if composed else None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(explain(error, name)) from error
+
+
+def to_dataclasses(composed: DictConfig, name: str) -> config.StageConfig:
+    """Refuse missing and unknown values, resolve the rest, run every `__post_init__`."""
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        hint = " ".join(f"{key}=..." for key in missing)
+        raise ConfigError(f"{', '.join(missing)}: not set, and there is no default. Add {hint}")
+    for key in _added_keys(composed):
+        raise ConfigError(_unknown(key, name))
+    OmegaConf.resolve(composed)
+    return OmegaConf.to_object(composed)  # type: ignore[return-value]
+
+
+def _added_keys(node: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that `+key=value` put beside those of a node's dataclass."""
+    schema = OmegaConf.get_type(node)
+    known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
+    names = [str(key) for key in node]
+    added = [f"{prefix}{key}" for key in names if known and key not in known]
+    for key in names:
+        if OmegaConf.is_dict(node._get_node(key)):
+            added += _added_keys(node[key], f"{prefix}{key}.")
+    return added
+
+
+def explain(error: Exception, name: str) -> str:
+    """One line on what Hydra or OmegaConf refused: the setting, why, and the near misses."""
+    chain = list(_causes(error))
+    for item in chain:  # the one that names the setting
+        if found := re.search(r"full_key: (\S+)", str(item)):
+            key = found.group(1)
+            if isinstance(item, ConfigKeyError | ConfigAttributeError):
+                return _unknown(key, name)
+            return f"{key}: {str(item).splitlines()[0].rstrip('.')}."
+    text = str(error)
+    if found := re.search(r"Could not find '([\w.-]+)/([^']+)'", text):
+        group, chosen = found.groups()
+        choices = sorted(path.stem for path in (config.CONF / group).glob("*.yaml"))
+        return f"{group}={chosen}: no such choice. Choose one of: {', '.join(choices)}."
+    given = " ".join(sys.argv[1:])
+    return f"{text.splitlines()[0].rstrip('.')}. Overrides look like key=value; given: {given}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _unknown(key: str, name: str) -> str:
+    known = known_keys(name)
+    near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    near += difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    ways = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
+    if key in known:
+        ways = f" It belongs to another choice of {key.split('.')[0]}."
+    return f"{key}: the {name} stage has no such setting as composed here.{ways}"
+
+
+def known_keys(name: str) -> list[str]:
+    """Every dotted setting of a stage, and its groups (method settings: those of LoRA)."""
+    keys = ["experiment"]
+    top = OmegaConf.to_container(OmegaConf.structured(config.SCHEMAS[name]), resolve=False)
+    assert isinstance(top, dict)
+    for key, value in top.items():
+        if key in config.GROUPS:
+            keys.append(str(key))
+            node = OmegaConf.structured(config.GROUPS[str(key)])
+            value = OmegaConf.to_container(node, resolve=False)
+        keys += list(config.flat(value, str(key)))
+    return keys
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def sweep(arguments: list[str]) -> int:
+    """Run one process per combination; run names get a readable suffix from the swept values."""
+    overrides = OverridesParser.create().parse_overrides(arguments)
+    swept = [o for o in overrides if o.is_sweep_override()]
+    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    if not swept:
+        raise ConfigError("-m: nothing to sweep. Give a setting several values: ppo.kl_coef=0,0.1")
+    given = next((o.value() for o in overrides if o.key_or_group == "run_name"), None)
+    fixed = [line for line in fixed if not line.startswith("run_name=")]
+    choices = [[(o.key_or_group, str(v)) for v in o.sweep_string_iterator()] for o in swept]
+    worst = 0
+    for combination in itertools.product(*choices):
+        suffix = ",".join(f"{key.split('.')[-1]}={value}" for key, value in combination)
+        suffix = re.sub(r"[^A-Za-z0-9._=+,-]", "_", suffix)
+        values = [f"{key}={value}" for key, value in combination]
+        run_name = f"run_name='{given or '${run}'}-{suffix}'"
+        command = [sys.executable, sys.argv[0], *fixed, *values, run_name]
+        print(f"[sweep] {' '.join(command[2:])}", file=sys.stderr)
+        code = subprocess.call(command)
+        worst = worst or code
+        if code in (130, 143):
+            break
+    return worst
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def start_ranks(processes: int) -> int:
+    """Start `processes` ranks of this very command on this machine; their first failure ends all.
+
+    The command was composed and guarded before, so a refusal never starts a rank.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=env))
+    try:
+        while True:
+            codes = [process.poll() for process in ranks]
+            failed = [code for code in codes if code]
+            if failed:
+                return failed[0] if failed[0] > 0 else 128 - failed[0]
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(0.1)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.terminate()
+        for process in ranks:
+            process.wait()

@@ -1,0 +1,1 @@
+"""Fine-tuning methods: what each allows (`table.py`, no torch) and how each is built."""

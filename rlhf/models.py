@@ -1,0 +1,246 @@
+"""The four roles: policy, reference, critic, reward model. Loading, adapters, heads, publishing.
+
+A published `model/` folder holds whole weights that plain transformers loads: adapters are merged
+(in fp32), and kept beside them in `model/adapter/`. So the SFT run's folder *is* the frozen
+reference, and an adapter trained by PPO is never put on the wrong base.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf import engine
+from rlhf.config import EngineConfig, LoraConfig, MethodConfig, ModelConfig
+from rlhf.errors import ConfigError
+from rlhf.manifest import BaseModel
+from rlhf.methods import lora
+from rlhf.registry import Published
+
+# ---------------------------------------------------------------- loading
+
+
+def load_causal(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attn: str = "auto",
+) -> PreTrainedModel:
+    """A language model whose special ids are those of `tokenizer`.
+
+    Raises:
+        ConfigError: no model there, or fewer embeddings than the tokenizer has tokens.
+    """
+    options: dict[str, Any] = {} if attn == "auto" else {"attn_implementation": attn}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, **options
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path={path}: no model could be loaded: {first}") from error
+    _settle_ids(model, tokenizer)
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    if len(tokenizer) > size:
+        raise ConfigError(
+            f"model.path={path}: the tokenizer has {len(tokenizer)} tokens but the model has "
+            f"embeddings for {size}. They do not belong together."
+        )
+    return model
+
+
+def load_base(
+    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The base model of SFT, from the `model` settings."""
+    if cfg.dtype != "auto":
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    return load_causal(cfg.path, tokenizer, dtype=dtype, revision=cfg.revision, attn=cfg.attn)
+
+
+def base_facts(cfg: ModelConfig, model: nn.Module) -> BaseModel:
+    """What the manifest says of the base model."""
+    return BaseModel(name=cfg.path, revision=cfg.revision, fingerprint=fingerprint(model))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The four models of PPO. Policy and critic are trained, the other two are frozen."""
+
+    policy: nn.Module
+    reference: nn.Module
+    critic: nn.Module
+    reward_model: nn.Module
+
+
+def load_roles(
+    sft: Published,
+    rm: Published,
+    tokenizer: PreTrainedTokenizerBase,
+    method: MethodConfig,
+    engine_cfg: EngineConfig,
+) -> Roles:
+    """Policy and reference from the SFT run, critic and reward model from the RM run.
+
+    The policy starts as the reference and the critic as the reward model: a fresh adapter
+    changes nothing, and the critic's head is a trained copy of the reward model's.
+    """
+    dtype, device = engine.dtype(engine_cfg), engine.device()
+    causal = [load_causal(sft.model_dir, tokenizer, dtype=dtype) for _ in range(2)]
+    scalar = [load_scalar(rm.model_dir, tokenizer, dtype=dtype) for _ in range(2)]
+    return Roles(
+        policy=trainable(causal[0], method).to(device),
+        reference=freeze(causal[1]).to(device),
+        critic=trainable(scalar[0], method, head=True).to(device),
+        reward_model=freeze(scalar[1]).to(device),
+    )
+
+
+def load_scalar(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model with a scalar head. From a language model the head is new: N(0, 1/(hidden+1)).
+
+    The width is that of Stiennon et al. 2020; a head that the folder holds is kept as it is.
+    """
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=dtype, output_loading_info=True
+    )
+    _settle_ids(model, tokenizer)
+    if any("score" in key for key in report["missing_keys"]):
+        nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
+    return model
+
+
+def _settle_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+            config.bos_token_id = tokenizer.bos_token_id
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No gradient, no dropout: a reference or a reward model."""
+    return model.requires_grad_(False).eval()
+
+
+def trainable(model: PreTrainedModel, method: MethodConfig, *, head: bool = False) -> nn.Module:
+    """`model` made ready to train by `method`; its outputs are unchanged at first."""
+    no_dropout(model)
+    if isinstance(method, LoraConfig):
+        return lora.attach(model, method, head=head)
+    return model.requires_grad_(True)
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Sampling and training must see the same network: ratio 1 before the first update."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all)."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+# ---------------------------------------------------------------- forward passes
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Explicit position ids [B, T] under any padding: the count of real tokens so far."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def response_logits(model: nn.Module, ids: Tensor, mask: Tensor, response_length: int) -> Tensor:
+    """Logits of the model for each response token, made before it is seen.
+
+    Args:
+        model: a language model.
+        ids: [B, T] prompt and response.
+        mask: [B, T] bool, True on real tokens.
+        response_length: R, the last R columns are the response.
+
+    Returns:
+        [B, R, V].
+    """
+    out = model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=positions(mask),
+        use_cache=False,
+        logits_to_keep=response_length + 1,
+    )
+    return out.logits[:, :-1]
+
+
+def token_values(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """What the scalar head says at every position: [B, T], in fp32."""
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    backbone = getattr(inner, inner.base_model_prefix)
+    hidden = backbone(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
+    ).last_hidden_state  # [B, T, H]
+    return inner.score(hidden).squeeze(-1).float()
+
+
+def scores(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """The reward model's verdict [B]: its head at the last real token of each row."""
+    values = token_values(model, ids, mask)
+    last = (mask.long() * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
+    return values.gather(1, last[:, None]).squeeze(1)
+
+
+# ---------------------------------------------------------------- publishing
+
+
+def publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write whole weights, special ids and tokenizer to `folder`, adapters to `folder/adapter`."""
+    if isinstance(model, peft.PeftModel):
+        model.save_pretrained(str(folder / "adapter"))
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)
+        merged = copy.deepcopy(model).to("cpu", torch.float32).merge_and_unload()
+        merged = merged.to(dtype=model.dtype)
+    else:
+        merged = model
+    merged.config.use_cache = True
+    if merged.can_generate():
+        merged.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    merged.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over each weight's name, shape and up to 4,096 of its values, evenly spread.
+
+    Small enough for any model, and two different trainings do not agree on it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample)
+    return digest.hexdigest()

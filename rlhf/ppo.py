@@ -1,0 +1,365 @@
+"""What happens to a rollout: judge it, estimate advantages, update policy and critic.
+
+These are the steps that `stages/ppo.py` reads out; the formulas are in `returns.py` and
+`losses.py`. Notation: B sequences, P prompt, R response, T = P + R.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from rlhf import engine, losses, models, returns
+from rlhf.config import EngineConfig, PPOConfig, PPOStage
+from rlhf.engine import Engine
+from rlhf.errors import ConfigError, StoppedByGuard
+from rlhf.masking import masked_mean, masked_whiten
+from rlhf.models import Roles
+from rlhf.ranks import world_size
+from rlhf.rollout import Rollout, mix
+
+
+@dataclass
+class Batch:
+    """One rollout on its way through a step. Masks: True counts; 0 on padding.
+
+    Attributes:
+        prompts, prompt_mask: [B, P], padded on the left.
+        responses, response_mask: [B, R], padded on the right.
+        old_logprobs: [B, R] nats, of the sampled tokens when they were sampled.
+        ended: [B] bool, ended by EOS.
+        ref_logprobs: [B, R] nats, under the frozen reference.
+        old_values: [B, R] the critic's estimate before each token is emitted.
+        scores: [B] the reward model's verdict, penalties included.
+        kl: [B, R] nats, per-token k1 estimate of KL(policy, reference).
+        advantages, returns: [B, R].
+    """
+
+    prompts: Tensor
+    prompt_mask: Tensor
+    responses: Tensor
+    response_mask: Tensor
+    old_logprobs: Tensor
+    ended: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    scores: Tensor
+    kl: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """[B, T] prompt and response."""
+        return torch.cat([self.prompts, self.responses], dim=1)
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool, True on real tokens."""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    def __len__(self) -> int:
+        return self.prompts.shape[0]
+
+    def rows(self, index: Tensor | slice) -> Batch:
+        """Some rows, without columns that are padding in all of them."""
+        part = replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        first = int(part.prompt_mask.any(0).long().argmax())
+        width = int(part.response_mask.any(0).sum())
+        for f in fields(part):
+            tensor = getattr(part, f.name)
+            if f.name.startswith("prompt"):
+                setattr(part, f.name, tensor[:, first:])
+            elif tensor.dim() == 2:
+                setattr(part, f.name, tensor[:, :width])
+        return part
+
+    def micro(self, size: int) -> Iterator[Batch]:
+        """Consecutive parts of `size` rows."""
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
+
+
+def engines(
+    policy: nn.Module, critic: nn.Module, cfg: PPOConfig, engine_cfg: EngineConfig
+) -> tuple[Engine, Engine]:
+    """Both models ready for `update`, each with its own optimizer and schedule.
+
+    Raises:
+        ConfigError: the minibatch cannot be split over the processes.
+    """
+    minibatch, per_pass = cfg.batch_size // cfg.minibatches, cfg.micro_batch_size * world_size()
+    if minibatch % per_pass:
+        raise ConfigError(
+            f"ppo.batch_size / ppo.minibatches = {minibatch} is not a multiple of "
+            f"ppo.micro_batch_size={cfg.micro_batch_size} times {world_size()} processes. Change "
+            "one of them."
+        )
+    factor = engine.learning_rate_factor(
+        cfg.schedule, warmup=cfg.warmup, total=cfg.steps * cfg.epochs * cfg.minibatches
+    )
+
+    def make(module: nn.Module, learning_rate: float) -> Engine:
+        return Engine(
+            module,
+            engine_cfg,
+            learning_rate=learning_rate,
+            factor=factor,
+            micro_batch_size=cfg.micro_batch_size,
+            accumulation=minibatch // per_pass,
+            max_grad_norm=cfg.max_grad_norm,
+        )
+
+    return make(policy, cfg.learning_rate), make(critic, cfg.critic_learning_rate)
+
+
+# ---------------------------------------------------------------- judge
+
+
+@torch.no_grad()
+def judge(rollout: Rollout, roles: Roles, cfg: PPOStage) -> Batch:
+    """What reference, critic and reward model say of a rollout.
+
+    The score of an answer that was cut at the limit is lowered by `ppo.missing_eos_penalty`
+    (Huang et al. 2024, detail 5.4: answers should end).
+    """
+    like = torch.zeros_like(rollout.logprobs)
+    batch = Batch(
+        prompts=rollout.prompts,
+        prompt_mask=rollout.prompt_mask,
+        responses=rollout.responses,
+        response_mask=rollout.response_mask,
+        old_logprobs=rollout.logprobs,
+        ended=rollout.ended,
+        ref_logprobs=like,
+        old_values=like.clone(),
+        scores=torch.zeros_like(like[:, 0]),
+        kl=like.clone(),
+        advantages=like.clone(),
+        returns=like.clone(),
+    )
+    for start in range(0, len(batch), cfg.ppo.micro_batch_size):
+        rows = slice(start, start + cfg.ppo.micro_batch_size)
+        part = batch.rows(rows)
+        width = part.responses.shape[1]
+        batch.ref_logprobs[rows, :width] = logprobs(
+            roles.reference, part, temperature=cfg.sampling.temperature
+        )
+        batch.old_values[rows, :width] = values(roles.critic, part)
+        batch.scores[rows] = models.scores(roles.reward_model, part.ids, part.mask)
+    batch.scores -= cfg.ppo.missing_eos_penalty * (~batch.ended)
+    kl = losses.kl_estimate(batch.old_logprobs, batch.ref_logprobs, estimator="k1")
+    batch.kl = torch.where(batch.response_mask, kl, 0.0)
+    return batch
+
+
+def logprobs(model: nn.Module, batch: Batch, *, temperature: float) -> Tensor:
+    """[B, R] nats, of each response token under softmax(logits / temperature); 0 on padding."""
+    logits = models.response_logits(model, batch.ids, batch.mask, batch.responses.shape[1])
+    out = losses.logprobs_of(logits / temperature, batch.responses)
+    return torch.where(batch.response_mask, out, 0.0)
+
+
+def values(critic: nn.Module, batch: Batch) -> Tensor:
+    """[B, R], the critic's estimate before each response token is emitted; 0 on padding."""
+    before = models.token_values(critic, batch.ids, batch.mask)[:, batch.prompts.shape[1] - 1 : -1]
+    return torch.where(batch.response_mask, before, 0.0)
+
+
+# ---------------------------------------------------------------- estimate
+
+
+def estimate_advantages(batch: Batch, cfg: PPOConfig) -> tuple[Batch, dict[str, float]]:
+    """Per-token rewards, then GAE, then whitening over all processes.
+
+    Returns:
+        The batch with advantages and returns, and the objective's numbers, over all processes.
+    """
+    mask = batch.response_mask
+    rewards = returns.token_rewards(batch.scores, batch.kl, mask, kl_coef=cfg.kl_coef)
+    advantages, targets = returns.gae(rewards, batch.old_values, mask, gamma=cfg.gamma, lam=cfg.lam)
+    stats = _describe(batch, targets, cfg)
+    if cfg.whiten_advantages:  # with the moments of all processes
+        count = engine.sum_over_ranks(mask.sum())
+        mean = engine.sum_over_ranks(masked_mean(advantages, mask, count=count))
+        var = engine.sum_over_ranks(masked_mean((advantages - mean) ** 2, mask, count=count))
+        advantages = masked_whiten(advantages, mask, subtract_mean=True, mean=mean, var=var)
+    return replace(batch, advantages=advantages, returns=targets), stats
+
+
+def _describe(batch: Batch, targets: Tensor, cfg: PPOConfig) -> dict[str, float]:
+    """The objective's numbers over all processes; see `tracking.METRICS` for each."""
+    mask = batch.response_mask
+    sequences = engine.sum_over_ranks(mask.new_tensor(len(batch), dtype=torch.double))
+    tokens = engine.sum_over_ranks(mask.sum().double())
+
+    def mean_row(x: Tensor) -> float:  # x: [B]
+        return float(engine.sum_over_ranks(x.double().sum()) / sequences)
+
+    def mean_token(x: Tensor) -> float:  # x: [B, R]
+        return float(engine.sum_over_ranks(torch.where(mask, x, 0).double().sum()) / tokens)
+
+    kl, score = mean_row(batch.kl.sum(1)), mean_row(batch.scores)
+    mean_return = mean_token(targets)
+    unexplained = targets - batch.old_values
+    mean_unexplained = mean_token(unexplained)
+    variance = mean_token((targets - mean_return) ** 2)
+    return {
+        "objective/kl": kl,
+        "objective/kl_max": max(engine.gather_objects(float(batch.kl.abs().max()))),
+        "objective/kl_coef": cfg.kl_coef,
+        "objective/scores": score,
+        "objective/non_score_reward": -cfg.kl_coef * kl,
+        "objective/rlhf_reward": score - cfg.kl_coef * kl,
+        "objective/entropy": -mean_token(batch.old_logprobs),
+        "val/explained_variance": 1.0
+        - mean_token((unexplained - mean_unexplained) ** 2) / max(variance, 1e-12),
+        "response/length": float(tokens / sequences),
+        "response/eos_rate": mean_row(batch.ended),
+        "response/distinct": _distinct_bigrams(batch),
+    }
+
+
+def _distinct_bigrams(batch: Batch) -> float:
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for answers in engine.gather_objects(
+        [r[m].tolist() for r, m in zip(batch.responses, batch.response_mask, strict=True)]
+    ):
+        for ids in answers:
+            pairs = list(itertools.pairwise(ids))
+            seen.update(pairs)
+            total += len(pairs)
+    return len(seen) / max(1, total)
+
+
+# ---------------------------------------------------------------- update
+
+
+def update(
+    policy: Engine, critic: Engine, batch: Batch, cfg: PPOStage, *, step: int
+) -> dict[str, float]:
+    """`epochs` passes of `minibatches` optimizer steps each, over all processes together.
+
+    Returns:
+        Losses and statistics, each a mean over the step's updates.
+    """
+    device = batch.prompts.device
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    norms: dict[str, list[float]] = defaultdict(list)
+    generator = torch.Generator().manual_seed(mix(mix(cfg.seed) ^ mix(-step)) & (2**63 - 1))
+    policy.module.train()
+    critic.module.train()
+    size = len(batch) // cfg.ppo.minibatches
+    for _ in range(cfg.ppo.epochs):
+        order = torch.randperm(len(batch), generator=generator).to(device)
+        for start in range(0, len(batch), size):
+            minibatch = batch.rows(order[start : start + size])
+            count = engine.sum_over_ranks(minibatch.response_mask.sum())
+            for micro in minibatch.micro(cfg.ppo.micro_batch_size):
+                for name, value in _backward(policy, critic, micro, count, cfg):
+                    totals[name] = totals[name] + value.detach()
+            for name, norm in (("policy", policy.grad_norm), ("val", critic.grad_norm)):
+                if norm is not None:
+                    norms[f"{name}/grad_norm"].append(norm)
+    updates = cfg.ppo.epochs * cfg.ppo.minibatches
+    stats = {n: float(engine.sum_over_ranks(total)) / updates for n, total in totals.items()}
+    for name, mean in stats.items():
+        if not math.isfinite(mean):
+            raise StoppedByGuard(
+                f"{name} became {mean} in this update. The policy diverged: lower "
+                "ppo.learning_rate or ppo.critic_learning_rate, or raise ppo.kl_coef."
+            )
+    return stats | {name: sum(found) / len(found) for name, found in norms.items()}
+
+
+def _backward(
+    policy: Engine,
+    critic: Engine,
+    micro: Batch,
+    count: Tensor,
+    cfg: PPOStage,
+) -> Iterator[tuple[str, Tensor]]:
+    """One micro-batch through both models; each statistic is its part of the minibatch mean."""
+    new_logprobs = logprobs(policy.module, micro, temperature=cfg.sampling.temperature)
+    loss, stats = losses.ppo_policy_loss(
+        new_logprobs,
+        micro.old_logprobs,
+        micro.advantages,
+        micro.response_mask,
+        cliprange=cfg.ppo.cliprange,
+        count=count,
+    )
+    policy.backward(loss)
+    policy.step()
+    yield from (("loss/policy", loss), *stats.items())
+    loss, stats = losses.ppo_value_loss(
+        values(critic.module, micro),
+        micro.old_values,
+        micro.returns,
+        micro.response_mask,
+        cliprange_value=cfg.ppo.cliprange_value,
+        count=count,
+    )
+    critic.backward(cfg.ppo.vf_coef * loss)
+    critic.step()
+    yield from (("loss/value", loss), *stats.items())
+
+
+# ---------------------------------------------------------------- proofs at run time
+
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.05, 0.05)}  # nats, |ratio - 1|
+
+
+@torch.no_grad()
+def prove_start(roles: Roles, batch: Batch, cfg: PPOStage) -> str:
+    """Before the first update: the policy is the reference, and training sees what was sampled.
+
+    Policy and reference are held against each other in a training pass at other padding and
+    another micro-batch size than everything before; so are that pass and the log-probabilities of
+    the sampler (cached, whole batch). That the reference is the SFT model is proved by its golden
+    logits (`golden.check_roles`).
+
+    Returns:
+        One line with the largest |log policy - log reference| of a token, and the largest
+        |new / old - 1|.
+
+    Raises:
+        StoppedByGuard: either is beyond the tolerance for the dtype.
+    """
+    kl, ratio = 0.0, 0.0
+    for micro in batch.micro(7):  # a size that divides no usual batch
+        padded = replace(
+            micro,
+            prompts=nn.functional.pad(micro.prompts, (3, 0), value=int(micro.prompts[0, -1])),
+            prompt_mask=nn.functional.pad(micro.prompt_mask, (3, 0), value=False),
+        )
+        now = logprobs(roles.policy, padded, temperature=cfg.sampling.temperature)
+        then = logprobs(roles.reference, padded, temperature=cfg.sampling.temperature)
+        kl = max(kl, float((now - then).abs().max()))
+        ratio = max(ratio, float(((now - micro.old_logprobs).exp() - 1).abs().max()))
+    kl = max(engine.gather_objects(kl))
+    ratio = max(engine.gather_objects(ratio))
+    kl_limit, ratio_limit = TOLERANCE[engine.dtype(cfg.engine)]
+    if not (kl <= kl_limit and ratio <= ratio_limit):
+        raise StoppedByGuard(
+            f"before the first update the policy differs from its reference by {kl:.2e} nats on a "
+            f"token (at most {kl_limit:g}), or a training pass from what was sampled by a ratio of "
+            f"1 ± {ratio:.2e} (at most {ratio_limit:g}). PPO would learn from noise. Is the "
+            "reference the SFT model, and is dropout off?"
+        )
+    return (
+        f"before the first update: |KL(policy, reference)| <= {kl:.1e} nats on every token, "
+        f"|ratio - 1| <= {ratio:.1e}"
+    )
+
+
+def tokens(batch: Batch) -> int:
+    """Real tokens of a batch, prompts included, over all processes."""
+    return int(engine.sum_over_ranks(batch.mask.sum()))

@@ -1,0 +1,215 @@
+"""The only sampler. Sampling noise is keyed by (seed, row, position), so that an answer depends
+neither on its neighbours in the batch nor on padding nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from rlhf.config import PPOStage, SamplingConfig
+from rlhf.engine import device as default_device
+from rlhf.ranks import rank, world_size
+from rlhf.text import Renderer
+
+
+@dataclass
+class Rollout:
+    """Prompts and what was sampled after them. Masks: True counts.
+
+    Attributes:
+        prompts: [B, P] token ids, padded on the left.
+        prompt_mask: [B, P] bool.
+        responses: [B, R] token ids, padded on the right; EOS included where there is one.
+        response_mask: [B, R] bool.
+        logprobs: [B, R] nats, of the distribution that was sampled; 0 on padding.
+        ended: [B] bool, the answer ended by EOS rather than at the limit.
+    """
+
+    prompts: Tensor
+    prompt_mask: Tensor
+    responses: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    ended: Tensor
+
+    def answer_ids(self) -> list[list[int]]:
+        """The sampled token ids of each row, without padding."""
+        pairs = zip(self.responses, self.response_mask, strict=True)
+        return [row[mask].tolist() for row, mask in pairs]
+
+
+@torch.no_grad()
+def sample(
+    policy: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    keys: Sequence[int],
+    seed: int,
+    cfg: SamplingConfig,
+    pad_id: int,
+    eos_id: int,
+    device: torch.device,
+) -> Rollout:
+    """Draw one answer per prompt from softmax(logits / temperature).
+
+    Args:
+        policy: a language model; left in the mode it was in.
+        prompts: token ids, B of them.
+        keys: one number per row that names its noise; the same key and seed draw the same
+            answer, whatever else is in the batch.
+        seed: of this rollout.
+        cfg: the `sampling` settings.
+        pad_id, eos_id: of the tokenizer.
+        device: where the policy is.
+    """
+    training = policy.training
+    policy.eval()
+    parts = []
+    for start in range(0, len(prompts), cfg.batch_size):
+        rows = slice(start, start + cfg.batch_size)
+        parts.append(
+            _generate(policy, prompts[rows], keys[rows], seed, cfg, pad_id, eos_id, device)
+        )
+    policy.train(training)
+    return _stack(parts, pad_id)
+
+
+def draw(
+    policy: nn.Module,
+    prompts: list[list[int]],
+    cfg: PPOStage,
+    renderer: Renderer,
+    *,
+    step: int,
+) -> Rollout:
+    """This process's share of one step's rollout; the noise depends on (seed, step, place)."""
+    mine = range(rank(), len(prompts), world_size())
+    return sample(
+        policy,
+        [prompts[place] for place in mine],
+        keys=list(mine),
+        seed=mix(mix(cfg.seed) ^ mix(step)),
+        cfg=cfg.sampling,
+        pad_id=renderer.pad_id,
+        eos_id=renderer.eos_id,
+        device=default_device(),
+    )
+
+
+def _generate(
+    policy: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[int],
+    seed: int,
+    cfg: SamplingConfig,
+    pad_id: int,
+    eos_id: int,
+    device: torch.device,
+) -> Rollout:
+    ids, mask = pad_left(prompts, pad_id, device)
+    sampler = KeyedSampler(keys, seed=seed, temperature=cfg.temperature, width=ids.shape[1])
+    out = policy.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask.long(),
+        generation_config=GenerationConfig(
+            max_new_tokens=cfg.max_new_tokens,
+            do_sample=False,  # the sampler leaves one token to choose
+            eos_token_id=eos_id,
+            pad_token_id=pad_id,
+            use_cache=True,
+        ),
+        logits_processor=LogitsProcessorList([sampler]),
+    )
+    responses = out[:, ids.shape[1] :]
+    is_eos = responses == eos_id
+    response_mask = is_eos.cumsum(1) - is_eos.long() == 0  # up to and including the first EOS
+    return Rollout(
+        prompts=ids,
+        prompt_mask=mask,
+        responses=responses.masked_fill(~response_mask, pad_id),
+        response_mask=response_mask,
+        logprobs=torch.stack(sampler.logprobs, dim=1).masked_fill(~response_mask, 0.0),
+        ended=is_eos.any(1),
+    )
+
+
+class KeyedSampler(LogitsProcessor):
+    """Draws each token by inverting the distribution function at a number keyed by its row.
+
+    It leaves the drawn token as the only choice and keeps its log-probability, so that nothing of
+    size [B, V] outlives a step.
+    """
+
+    def __init__(self, keys: Sequence[int], *, seed: int, temperature: float, width: int) -> None:
+        self.keys = torch.tensor([mix(mix(seed) ^ mix(key + 1)) for key in keys])
+        self.temperature = temperature
+        self.width = width
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.width
+        noise = uniform(self.keys, position).to(scores.device)  # [B]
+        logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)  # [B, V]
+        cumulative = logprobs.double().exp().cumsum(-1)
+        target = noise * cumulative[:, -1]  # the total is 1 up to rounding
+        token = torch.searchsorted(cumulative, target[:, None], right=True)
+        token = token.clamp(max=scores.shape[1] - 1)
+        self.logprobs.append(logprobs.gather(1, token).squeeze(1))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+MASK = (1 << 64) - 1
+
+
+def mix(x: int) -> int:
+    """A 64-bit hash (splitmix64: Steele et al. 2014), as a signed number that fits int64."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    x ^= x >> 31
+    return x - (1 << 64) if x >> 63 else x
+
+
+def uniform(keys: Tensor, position: int) -> Tensor:
+    """One number in [0, 1) per key and position, in float64; integer arithmetic up to the end."""
+    bits = [mix((int(key) & MASK) ^ mix(position)) & MASK for key in keys]
+    return torch.tensor([(b >> 11) / (1 << 53) for b in bits], dtype=torch.float64)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """([B, P] ids, [B, P] bool mask) of ragged rows, padded on the left."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+def _stack(parts: list[Rollout], pad_id: int) -> Rollout:
+    """Several rollouts as one, padded to the longest prompt and response."""
+    if len(parts) == 1:
+        return parts[0]
+    prompt_width = max(part.prompts.shape[1] for part in parts)
+    width = max(part.responses.shape[1] for part in parts)
+
+    def join(name: str, to: int, left: bool, fill: float) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        pads = [(to - t.shape[1], 0) if left else (0, to - t.shape[1]) for t in tensors]
+        return torch.cat(
+            [nn.functional.pad(t, pad, value=fill) for t, pad in zip(tensors, pads, strict=True)]
+        )
+
+    return Rollout(
+        prompts=join("prompts", prompt_width, True, pad_id),
+        prompt_mask=join("prompt_mask", prompt_width, True, False),
+        responses=join("responses", width, False, pad_id),
+        response_mask=join("response_mask", width, False, False),
+        logprobs=join("logprobs", width, False, 0.0),
+        ended=torch.cat([part.ended for part in parts]),
+    )

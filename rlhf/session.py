@@ -1,0 +1,232 @@
+"""One stage's run from opening to publishing: folder, console, tracker, clock, manifest.
+
+The stages read as recipes because this is here; nothing in it knows what is trained. No torch:
+a refusal, and "already finished", answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlhf import config, ranks
+from rlhf.console import Console
+from rlhf.data import Split
+from rlhf.manifest import BaseModel, DataFacts, TokenizerFacts
+from rlhf.registry import Published, Registry, Run
+from rlhf.tracking import METRICS, Tracker
+
+
+class Session:
+    """A stage at work. Made by `open_session`.
+
+    Attributes:
+        cfg: the stage's config.
+        finished: the run was finished before, with this very config; there is nothing to do.
+        path: the run's folder.
+        console: silent on every process but the main one.
+    """
+
+    def __init__(self, cfg: config.StageConfig, run: Run | None, console: Console) -> None:
+        self.cfg = cfg
+        self.console = console
+        self.path = Path(cfg.runs_dir).expanduser() / cfg.stage / cfg.run_name
+        self.phases: dict[str, dict[str, float]] = {}
+        self.started = time.perf_counter()
+        self._run = run
+        self._times: dict[str, float] = {}
+        self._state = run.state if run is not None else "new"
+
+    @property
+    def finished(self) -> bool:
+        return self._state == "finished"
+
+    @property
+    def model_dir(self) -> Path:
+        """Where what others load is written."""
+        return self.path / "model"
+
+    def note(self, text: str) -> None:
+        """A line on the console."""
+        self.console.note(f"[{self.cfg.stage}] {text}")
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the work for the manifest."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.phases[name] = {"seconds": seconds, "peak_memory_gb": peak_memory_gb()}
+
+    @contextlib.contextmanager
+    def tracker(self, total: int) -> Iterator[Tracker | None]:
+        """Where numbers go while the block runs; None on every process but the main one."""
+        if not ranks.is_main():
+            yield None
+            return
+        cfg = self.cfg
+        with Tracker(
+            stage=cfg.stage,
+            run=cfg.run,
+            run_name=cfg.run_name,
+            config=dataclasses.asdict(cfg),
+            metrics_path=self.path / "metrics.jsonl",
+            directory=self.path,
+            project=cfg.tracking.project,
+            entity=cfg.tracking.entity,
+            mode=cfg.tracking.mode,
+            console=self.console,
+            total=total,
+        ) as tracker:
+            yield tracker
+
+    def opening(self, splits: dict[str, Split], trained: int, total: int) -> None:
+        """Say what is about to happen: rows, what was dropped, parameters."""
+        for split in splits.values():
+            dropped = ", ".join(f"{n} dropped: {why}" for why, n in split.dropped.items())
+            self.note(
+                f"{split.name}: {len(split.rows)} rows" + (f" ({dropped})" if dropped else "")
+            )
+        self.note(f"training {trained:,} of {total:,} parameters, method={self.cfg.method.name}")
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to this step's `time/...` number."""
+        start = time.perf_counter()
+        yield
+        self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - start
+
+    def log(self, tracker: Tracker | None, stats: dict[str, float], step: int, tokens: int) -> None:
+        """One step's numbers, with what it cost; `tokens` were read or written in it."""
+        seconds = sum(self._times.values())
+        cost = {
+            "time/total": time.perf_counter() - self.started,
+            "perf/tokens_per_second": tokens / max(seconds, 1e-9),
+            "perf/peak_memory_gb": peak_memory_gb(),
+        }
+        if tracker is not None:
+            tracker.log(stats | self._times | cost, step=step)
+        self._times = {}
+
+    def log_final(self, tracker: Tracker | None, metrics: dict[str, float], step: int) -> None:
+        """The numbers of the stage as a whole: its last line, and what W&B shows for the run."""
+        if tracker is not None:
+            numbers = {name: value for name, value in metrics.items() if name in METRICS}
+            tracker.log(numbers, step=step)
+            tracker.summary(numbers)
+
+    def publish_model(self, write: Callable[..., None], *what: Any) -> None:
+        """Let `write(*what, folder)` fill model/. Main process only."""
+        if self._run is not None:
+            self.model_dir.mkdir(parents=True, exist_ok=True)
+            write(*what, self.model_dir)
+
+    def show_samples(self, rows: list[dict[str, Any]]) -> None:
+        """All of them to samples.jsonl, one object a line, and the first few to the console."""
+        if self._run is None or not rows:
+            return
+        self.console.samples(rows[: self.cfg.evaluation.samples])
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (self.path / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def publish(
+        self,
+        *,
+        base: BaseModel,
+        tokenizer: dict[str, Any],
+        splits: dict[str, Split],
+        metrics: dict[str, float],
+        golden: dict[str, Any],
+        where: dict[str, str],
+        summary: list[tuple[str, str]],
+    ) -> None:
+        """Write the manifest, last, and show the closing table. Main process only.
+
+        Args:
+            base: the model at the root of the line of work.
+            tokenizer: as `text.tokenizer_facts` gives it.
+            splits: the data as it was used.
+            metrics: final numbers; names that W&B knows become its summary.
+            golden: what a child recomputes after loading.
+            where: {"dtype", "device"}.
+            summary: the rows of the closing table.
+        """
+        if self._run is None:
+            return
+        total = time.perf_counter() - self.started
+        self.phases["total"] = {"seconds": total, "peak_memory_gb": peak_memory_gb()}
+        self._run.publish(
+            base=base,
+            tokenizer=TokenizerFacts(**tokenizer),
+            method={
+                **dataclasses.asdict(self.cfg.method),
+                "adapter_chain": [parent.reference for parent in self._run.plan.parents],
+            },
+            data=[
+                DataFacts(s.source, s.name, s.fingerprint, len(s.rows), dict(s.dropped))
+                for s in splits.values()
+            ],
+            metrics=metrics,
+            golden=golden,
+            environment={
+                "world_size": ranks.world_size(),
+                "zero_stage": self.cfg.engine.zero_stage,
+                **where,
+                "seed": self.cfg.seed,
+            },
+            phases=self.phases,
+        )
+        cost = f"{total:.0f} s, peak memory {peak_memory_gb():.2f} GB"
+        title = f"{self.cfg.stage}/{self.cfg.run_name}"
+        self.console.summary(title, [*summary, ("cost", cost)], str(self.path))
+
+
+@contextlib.contextmanager
+def open_session(
+    cfg: config.StageConfig, parents: dict[str, Published] | None = None
+) -> Iterator[Session]:
+    """Open the stage's run (rank 0) and leave it in order, whatever happens inside.
+
+    Raises:
+        RegistryError: finished with another config, in use, damaged, or not writable.
+    """
+    console = Console(quiet=not ranks.is_main())
+    if not ranks.is_main():
+        yield Session(cfg, None, console)
+        return
+    with Registry(cfg.runs_dir).open(
+        cfg.stage,
+        cfg.run_name,
+        dataclasses.asdict(cfg),
+        parents or {},
+        config_text=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+        overwrite=cfg.overwrite,
+        command=sys.argv,
+    ) as run:
+        session = Session(cfg, run, console)
+        for text in run.notes:
+            session.note(text)
+        if session.finished:
+            session.note(
+                f"{run.reference} is finished with this config: nothing to do. overwrite=true "
+                "runs it again; run_name=... makes another."
+            )
+            console.note(f"published: {run.path}")
+        yield session
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process, or of its GPU where it uses one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 1e9)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,75 @@
+"""Stage 3, PPO: the SFT model learns to score well without drifting from where it started.
+
+python stages/ppo.py run=tiny run_name=kl01 ppo.kl_coef=0.1
+"""
+
+from rlhf import config, data
+from rlhf.launch import stage
+from rlhf.registry import Registry, check_contract
+from rlhf.session import open_session
+
+
+@stage("ppo")
+def main(cfg: config.PPOStage) -> None:
+    registry = Registry(cfg.runs_dir)
+    sft, rm = registry.resolve(cfg.policy_from), registry.resolve(cfg.rm_from)
+    check_contract(sft, rm, allow_foreign_rm=cfg.allow_foreign_rm)
+    splits = data.load("ppo", cfg.data)
+    gold = data.gold_function(cfg.data)
+    with open_session(cfg, {"policy": sft, "reward_model": rm}) as session:
+        if session.finished:
+            return
+        from rlhf import engine, evaluate, golden, models, ppo, rollout, text
+
+        with session.phase("load"):
+            engine.start(cfg.seed)
+            renderer = text.Renderer(text.load_parent_tokenizer(sft, template=cfg.template))
+            stream = data.PromptStream(renderer.prompts(splits["train"], cfg.data), cfg.seed)
+            held_out = evaluate.HeldOut(splits["validation"].rows, renderer, cfg, gold)
+            roles = models.load_roles(sft, rm, renderer.tokenizer, cfg.method, cfg.engine)
+            policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
+        session.opening(splits, *models.count_parameters(roles.policy))
+        session.note(golden.check_roles(roles, sft, rm))
+
+        with session.tracker(cfg.ppo.steps) as tracker:
+            before = held_out.answers(roles.reference, roles)
+            with session.phase("train"), session.console.progress("ppo", cfg.ppo.steps) as pace:
+                for step in range(1, cfg.ppo.steps + 1):
+                    with session.timed("time/rollout"):
+                        prompts = stream.batch(step, cfg.ppo.batch_size)
+                        drawn = rollout.draw(roles.policy, prompts, cfg, renderer, step=step)
+                    with session.timed("time/score"):
+                        batch = ppo.judge(drawn, roles, cfg)
+                        if step == 1:
+                            session.note(ppo.prove_start(roles, batch, cfg))
+                        batch, stats = ppo.estimate_advantages(batch, cfg.ppo)
+                    with session.timed("time/update"):
+                        stats |= ppo.update(policy, critic, batch, cfg, step=step)
+                    session.log(tracker, stats, step=step, tokens=ppo.tokens(batch))
+                    pace.advance()
+            after = held_out.answers(roles.policy, roles)
+            metrics = stats | held_out.compare(before, after)
+            session.log_final(tracker, metrics, step=cfg.ppo.steps)
+
+        samples = held_out.samples(before, after)
+        session.show_samples(samples)
+        with session.phase("publish"):
+            session.publish_model(models.publish, roles.policy, renderer.tokenizer)
+            probes = [renderer.prompt(row["prompt"]) for row in splits["validation"].rows]
+            facts = golden.write_logits(
+                roles.policy, probes, renderer.pad_id, session, engine.dtype(cfg.engine)
+            )
+        session.publish(
+            base=sft.manifest.base,
+            tokenizer=text.published_facts(session.model_dir),
+            splits=splits,
+            metrics=metrics,
+            golden=facts,
+            where=engine.where(cfg.engine),
+            summary=evaluate.ppo_summary(metrics),
+        )
+        engine.stop()
+
+
+if __name__ == "__main__":
+    main()

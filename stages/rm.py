@@ -1,0 +1,74 @@
+"""Stage 2, the reward model: the SFT model with a scalar head learns which answer people prefer.
+
+python stages/rm.py run=tiny train.epochs=1
+"""
+
+from rlhf import config, data
+from rlhf.launch import stage
+from rlhf.registry import Registry
+from rlhf.session import open_session
+
+
+@stage("rm")
+def main(cfg: config.RMStage) -> None:
+    sft = Registry(cfg.runs_dir).resolve(cfg.policy_from)
+    splits = data.load("rm", cfg.data)
+    with open_session(cfg, {"policy": sft}) as session:
+        if session.finished:
+            return
+        from rlhf import engine, evaluate, golden, models, supervised, text
+
+        with session.phase("load"):
+            engine.start(cfg.seed)
+            tokenizer = text.load_parent_tokenizer(sft, template=cfg.template)
+            renderer = text.Renderer(tokenizer)
+            pairs = {name: renderer.pairs(split, cfg.data) for name, split in splits.items()}
+            backbone = models.load_scalar(sft.model_dir, tokenizer, dtype=engine.dtype(cfg.engine))
+            reward_model = models.trainable(backbone, cfg.method, head=True)
+        session.opening(splits, *models.count_parameters(reward_model))
+
+        steps = supervised.optimizer_steps(cfg.train, len(pairs["train"]))
+        with session.tracker(steps) as tracker:
+            with session.phase("train"), session.console.progress("rm", steps) as pace:
+                metrics = supervised.train_rm(
+                    reward_model,
+                    tokenizer,
+                    pairs["train"],
+                    pairs["validation"],
+                    center_coef=cfg.center_coef,
+                    cfg=cfg.train,
+                    engine_cfg=cfg.engine,
+                    seed=cfg.seed,
+                    pace=pace,
+                    tracker=tracker,
+                )
+            with session.phase("evaluate"):
+                held_out = "test" if "test" in pairs else "validation"
+                metrics |= evaluate.pairs(
+                    reward_model,
+                    pairs[held_out],
+                    renderer.pad_id,
+                    batch_size=cfg.train.micro_batch_size,
+                )
+            session.log_final(tracker, metrics, step=steps)
+
+        with session.phase("publish"):
+            session.publish_model(models.publish, reward_model, tokenizer)
+            probes = [row["chosen_ids"] for row in pairs[held_out]]
+            facts = golden.write_scores(
+                reward_model, probes, renderer.pad_id, session, engine.dtype(cfg.engine)
+            )
+        session.publish(
+            base=sft.manifest.base,
+            tokenizer=text.published_facts(session.model_dir),
+            splits=splits,
+            metrics=metrics,
+            golden=facts,
+            where=engine.where(cfg.engine),
+            summary=evaluate.rm_summary(metrics, held_out),
+        )
+        engine.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Stage 1, supervised fine-tuning: a base model learns to answer, from demonstrations.
+
+python stages/sft.py run=tiny method=lora train.learning_rate=1e-3
+"""
+
+from rlhf import config, data
+from rlhf.launch import stage
+from rlhf.session import open_session
+
+
+@stage("sft")
+def main(cfg: config.SFTStage) -> None:
+    splits = data.load("sft", cfg.data)
+    gold = data.gold_function(cfg.data)
+    with open_session(cfg) as session:
+        if session.finished:
+            return
+        from rlhf import engine, evaluate, golden, models, supervised, text
+
+        with session.phase("load"):
+            engine.start(cfg.seed)
+            tokenizer = text.load_tokenizer(
+                cfg.model.path, template=cfg.template, revision=cfg.model.revision
+            )
+            renderer = text.Renderer(tokenizer)
+            train_rows = renderer.sft(splits["train"], cfg.data)
+            eval_rows = renderer.sft(splits["validation"], cfg.data)
+            base = models.load_base(cfg.model, tokenizer, dtype=engine.dtype(cfg.engine))
+            base_facts = models.base_facts(cfg.model, base)
+            policy = models.trainable(base, cfg.method)
+        session.opening(splits, *models.count_parameters(policy))
+
+        steps = supervised.optimizer_steps(cfg.train, len(train_rows))
+        with session.tracker(steps) as tracker:
+            with session.phase("train"), session.console.progress("sft", steps) as pace:
+                metrics = supervised.train_sft(
+                    policy,
+                    tokenizer,
+                    train_rows,
+                    eval_rows,
+                    cfg=cfg.train,
+                    engine_cfg=cfg.engine,
+                    seed=cfg.seed,
+                    pace=pace,
+                    tracker=tracker,
+                )
+            with session.phase("evaluate"):
+                metrics |= evaluate.ceiling(
+                    policy, renderer, splits["validation"].rows, cfg=cfg, gold=gold
+                )
+            session.log_final(tracker, metrics, step=steps)
+
+        with session.phase("publish"):
+            session.publish_model(models.publish, policy, tokenizer)
+            probes = [renderer.prompt(row["prompt"]) for row in splits["validation"].rows]
+            facts = golden.write_logits(
+                policy, probes, renderer.pad_id, session, engine.dtype(cfg.engine)
+            )
+        session.publish(
+            base=base_facts,
+            tokenizer=text.published_facts(session.model_dir),
+            splits=splits,
+            metrics=metrics,
+            golden=facts,
+            where=engine.where(cfg.engine),
+            summary=evaluate.sft_summary(metrics),
+        )
+        engine.stop()
+
+
+if __name__ == "__main__":
+    main()

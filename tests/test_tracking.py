@@ -1,0 +1,509 @@
+"""Tracking: one list of names, and the same numbers in metrics.jsonl, on the console and in W&B.
+
+W&B talks to a local socket that answers nobody, so that a stray connection is seen, not sent.
+"""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf import tracking
+from rlhf.errors import ConfigError
+from rlhf.tracking import METRICS, Tracker, find_key
+
+KEY = "0123456789abcdef" * 3
+# "Metrics" in DESIGN.md, word for word.
+DESIGN = """
+    episode train/loss train/learning_rate train/grad_norm eval/loss eval/accuracy eval/margin
+    eval/ece objective/kl objective/kl_coef objective/scores objective/rlhf_reward
+    objective/entropy policy/approxkl policy/clipfrac policy/ratio policy/grad_norm loss/policy
+    loss/value val/clipfrac val/explained_variance val/grad_norm response/length
+    response/eos_rate response/distinct eval/gold eval/win_rate time/rollout time/score
+    time/update perf/tokens_per_second perf/peak_memory_gb
+"""
+
+
+class Wire:
+    """A port on this machine that hangs up on every caller and counts them."""
+
+    def __init__(self):
+        self.calls = 0
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self):
+        with contextlib.suppress(OSError):  # closed at the end of the tests
+            while True:
+                caller, _ = self.server.accept()
+                self.calls += 1
+                caller.close()
+
+
+class Listener:
+    """Stands where the console stands and keeps what it is shown."""
+
+    def __init__(self):
+        self.notes, self.shown = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def metrics(self, stage, step, total, metrics):
+        self.shown.append((stage, step, total, dict(metrics)))
+
+
+@pytest.fixture(scope="module")
+def wire(tmp_path_factory):
+    wire = Wire()
+    yield wire
+    wire.server.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_key_at_hand(tmp_path_factory, wire):
+    """A home without a key, and no W&B setting of the person who runs the tests."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [*os.environ]:
+            if name.startswith(("WANDB_", "XDG_")) or name == "NETRC":
+                patch.delenv(name)
+        patch.setenv("HOME", str(home))
+        patch.setenv("WANDB_BASE_URL", wire.url)
+        patch.setenv("WANDB_ERROR_REPORTING", "")  # so that the patch puts it back
+        patch.delenv("WANDB_ERROR_REPORTING")
+        patch.chdir(home)
+        yield
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].teardown()
+
+
+@pytest.fixture
+def forget_key():
+    """wandb remembers a key it was given for as long as its session lasts."""
+    yield
+    sys.modules["wandb"].teardown()
+
+
+def tracker(folder: Path, **changes) -> Tracker:
+    given = {
+        "stage": "sft",
+        "run": "tiny",
+        "run_name": "tiny-lr1",
+        "config": {"seed": 0, "train": {"learning_rate": 0.001}},
+        "metrics_path": folder / "metrics.jsonl",
+        "directory": folder,
+        "project": "rlhf-test",
+        "entity": None,
+        "mode": "off",
+        "console": None,
+    }
+    return Tracker(**given | changes)
+
+
+def lines(folder: Path) -> list[dict]:
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def records(folder: Path) -> list:
+    """The protobuf records of the one offline run below `folder`, once its file is complete.
+
+    wandb's own process writes the file and may be some milliseconds behind `finish`.
+    """
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    give_up = time.monotonic() + 20
+    while True:
+        found = parse_records(path.read_bytes())
+        if any(r.HasField("exit") for r in found) or time.monotonic() > give_up:
+            return found
+        time.sleep(0.01)
+
+
+def parse_records(raw: bytes) -> list:
+    """W&B's offline file is a LevelDB log after a 7-byte header: blocks of 32 KiB with pieces of
+    records, each under checksum (4 bytes), size (2), kind (1: whole, 2-4: first, middle, last).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    assert raw[:4] in (b"", b":W&B")
+    found, pending, at = [], b"", 7
+    while at + 7 <= len(raw):
+        room = -at % 32768
+        if 0 < room < 7:  # too small for a header: zeros up to the next block
+            at += room
+            continue
+        size, kind = struct.unpack_from("<4xHB", raw, at)
+        if at + 7 + size > len(raw):  # still being written
+            break
+        pending += raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            found.append(Record.FromString(pending))
+            pending = b""
+    return found
+
+
+def items(messages) -> dict:
+    """key -> value of W&B's (key or nested_key, JSON text) pairs."""
+    return {
+        "/".join(m.nested_key) if m.nested_key else m.key: json.loads(m.value_json)
+        for m in messages
+    }
+
+
+def history(folder: Path) -> list[dict]:
+    rows = [items(r.history.item) for r in records(folder) if r.HasField("history")]
+    return [{k: v for k, v in row.items() if k in METRICS or k == "_step"} for row in rows]
+
+
+# -- the list
+
+
+def test_every_metric_of_the_design_is_in_the_list_and_documented():
+    names = DESIGN.split()
+    assert len(names) == 32
+    assert not set(names) - set(METRICS)
+    for name, metric in METRICS.items():
+        assert metric.name == name
+        assert metric.unit
+        assert len(metric.meaning) > 10
+
+
+# -- metrics.jsonl
+
+
+def test_lines_are_the_same_bytes_whatever_the_order_of_the_dict(tmp_path):
+    numbers = {"eval/loss": 2.5, "episode": 64, "train/loss": 0.1 + 0.2}
+    for name, order in (("a", list(numbers)), ("b", list(numbers)[::-1])):
+        with tracker(tmp_path / name) as t:
+            t.log({key: numbers[key] for key in order}, step=0)
+            t.log({"objective/kl": 1e-7}, step=1)
+    expected = (
+        b'{"step": 0, "episode": 64, "train/loss": 0.30000000000000004, "eval/loss": 2.5}\n'
+        b'{"step": 1, "objective/kl": 1e-07}\n'
+    )
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == expected
+    assert (tmp_path / "b/metrics.jsonl").read_bytes() == expected
+
+
+def test_nan_and_infinity_are_valid_json(tmp_path):
+    with tracker(tmp_path) as t:
+        t.log({"train/loss": math.nan, "eval/loss": math.inf, "eval/margin": -math.inf}, step=0)
+    assert lines(tmp_path) == [
+        {"step": 0, "train/loss": "nan", "eval/loss": "inf", "eval/margin": "-inf"}
+    ]
+
+
+def test_array_scalars_keep_every_digit(tmp_path):
+    with tracker(tmp_path) as t:
+        t.log({"train/loss": np.float32(0.1), "episode": np.int64(2**60 + 1)}, step=0)
+    assert lines(tmp_path) == [
+        {"step": 0, "episode": 1152921504606846977, "train/loss": 0.10000000149011612}
+    ]
+
+
+def test_each_line_is_on_disk_before_the_next(tmp_path):
+    t = tracker(tmp_path)
+    t.log({"train/loss": 1.0}, step=0)
+    assert lines(tmp_path) == [{"step": 0, "train/loss": 1.0}]
+    t.close()
+
+
+def test_unknown_name_is_refused_with_the_nearest_and_writes_nothing(tmp_path):
+    with tracker(tmp_path) as t:
+        with pytest.raises(KeyError, match=r"'policy/aprox_kl'.*did you mean policy/approxkl"):
+            t.log({"train/loss": 1.0, "policy/aprox_kl": 0.1}, step=0)
+        with pytest.raises(KeyError, match=r"'xyzzy'.*see METRICS"):
+            t.summary({"xyzzy": 0.1})
+        with pytest.raises(KeyError, match="eval/gold_extra"):  # exact names, no prefixes
+            t.log({"eval/gold_extra": 0.1}, step=0)
+    assert lines(tmp_path) == []
+
+
+def test_steps_never_go_back(tmp_path):
+    with tracker(tmp_path) as t:
+        t.log({"train/loss": 1.0}, step=5)
+        t.log({"eval/loss": 1.0}, step=5)
+        with pytest.raises(ValueError, match="step=4 comes after step 5"):
+            t.log({"train/loss": 1.0}, step=4)
+    with pytest.raises(ValueError, match="after close"):
+        t.log({"train/loss": 1.0}, step=6)
+    assert [line["step"] for line in lines(tmp_path)] == [5, 5]
+
+
+def test_a_new_run_replaces_the_file_and_append_keeps_its_whole_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "train/loss": 3.0}\n{"step": 1, "train/lo')  # killed mid-line
+    with tracker(tmp_path, append=True) as t:
+        t.log({"train/loss": 2.0}, step=1)
+    assert lines(tmp_path) == [{"step": 0, "train/loss": 3.0}, {"step": 1, "train/loss": 2.0}]
+    with tracker(tmp_path) as t:
+        t.log({"train/loss": 9.0}, step=0)
+    assert lines(tmp_path) == [{"step": 0, "train/loss": 9.0}]
+
+
+def test_a_rewound_run_has_the_bytes_of_an_unbroken_one(tmp_path):
+    def go(folder, steps, **how):
+        with tracker(tmp_path / folder, **how) as t:
+            if how:
+                t.rewind(3)  # the checkpoint's step
+            for step in steps:
+                t.log({"train/loss": 1 / (step + 1)}, step=step)
+
+    go("unbroken", range(8))
+    go("broken", range(6))
+    go("broken", range(4, 8), append=True)
+    unbroken, broken = (tmp_path / name / "metrics.jsonl" for name in ("unbroken", "broken"))
+    assert broken.read_bytes() == unbroken.read_bytes()
+
+
+def test_console_is_shown_the_same_numbers(tmp_path):
+    console = Listener()
+    with tracker(tmp_path, console=console, total=9) as t:
+        t.log({"eval/loss": math.inf, "train/loss": 1 / 3}, step=2)
+    assert console.shown == [("sft", 2, 9, {"train/loss": 1 / 3, "eval/loss": math.inf})]
+
+
+# -- W&B
+
+
+def test_offline_file_has_the_same_numbers_and_names(tmp_path, capfd, caplog, wire):
+    caplog.set_level("INFO")  # a stage may show the root logger's lines
+    calls = wire.calls
+    console = Listener()
+    with tracker(tmp_path, mode="offline", console=console) as t:
+        assert sys.modules["wandb"].run is None  # not offered to other libraries
+        for step in range(150):  # more than one block of the file
+            t.log({"train/loss": 1 / (step + 3), "episode": step * 8}, step=step)
+        t.log({"eval/loss": 0.1 + 0.2}, step=149)
+        t.log({"train/grad_norm": math.nan}, step=160)
+        t.summary({"eval/gold": 0.75})
+
+    expected: dict[int, dict] = {}
+    for line in lines(tmp_path):
+        expected.setdefault(line["step"], {}).update(line)
+    rows = history(tmp_path)
+    assert len(rows) == 151
+    for row in rows:
+        wanted = expected[row.pop("_step")]
+        wanted.pop("step")
+        if "train/grad_norm" in row:
+            assert str(row.pop("train/grad_norm")).lower() == wanted.pop("train/grad_norm")
+        assert row == wanted
+
+    found = records(tmp_path)
+    run = next(r.run for r in found if r.HasField("run"))
+    assert (run.project, run.run_group, run.job_type) == ("rlhf-test", "tiny", "sft")
+    assert run.display_name == "sft/tiny-lr1"
+    config = items(run.config.update)
+    assert config["seed"] == 0
+    assert config["train"] == {"learning_rate": 0.001}
+    summary = {}
+    for r in found:
+        summary |= items(r.summary.update)
+    assert summary["eval/gold"] == 0.75
+    assert [r.exit.exit_code for r in found if r.HasField("exit")] == [0]
+
+    assert capfd.readouterr() == ("", "")  # wandb is silent; the console says it in one line
+    assert not caplog.records
+    (note,) = console.notes
+    assert note.startswith("[sft] tracking: offline; upload later: wandb sync ")
+    assert Path(note.split("wandb sync ")[1]).is_dir()
+    assert wire.calls == calls
+
+
+def test_an_exception_in_the_block_closes_both_and_marks_the_run_as_failed(tmp_path):
+    def interrupted():
+        with tracker(tmp_path, mode="offline") as t:
+            t.log({"train/loss": 1.0}, step=0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert lines(tmp_path) == [{"step": 0, "train/loss": 1.0}]
+    assert history(tmp_path) == [{"_step": 0, "train/loss": 1.0}]
+    assert [r.exit.exit_code for r in records(tmp_path) if r.HasField("exit")] == [1]
+
+
+def test_close_twice_is_close_once(tmp_path):
+    t = tracker(tmp_path, mode="offline")
+    t.close(exit_code=3)
+    t.close()
+    assert [r.exit.exit_code for r in records(tmp_path) if r.HasField("exit")] == [3]
+
+
+def test_auto_without_a_key_is_offline(tmp_path, wire):
+    calls = wire.calls
+    console = Listener()
+    tracker(tmp_path, mode="auto", console=console).close()
+    assert records(tmp_path)
+    assert "offline (no W&B key at hand)" in console.notes[0]
+    assert wire.calls == calls
+
+
+def test_auto_with_a_key_tries_online_and_falls_back(
+    tmp_path, monkeypatch, capfd, wire, forget_key
+):
+    calls = wire.calls
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(tracking, "START_TIMEOUT_SECONDS", 1.0)
+    console = Listener()
+    began = time.monotonic()
+    with tracker(tmp_path, mode="auto", console=console) as t:
+        t.log({"train/loss": 1.0}, step=0)
+    assert time.monotonic() - began < 45  # wandb by itself would try for 90 s
+    assert wire.calls > calls  # it did call; so the other tests' silence means something
+    assert "offline (W&B did not start: " in console.notes[0]
+    assert any("offline-run" in str(path) for path in tmp_path.glob("wandb/*"))
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ConfigError, match=r"tracking\.mode=online: W&B did not start.*offline"):
+        tracker(tmp_path / "online", mode="online")
+    assert not (tmp_path / "online/metrics.jsonl").exists()
+    leaks = [p for p in tmp_path.rglob("*") if p.is_file() and KEY in p.read_text("latin-1")]
+    assert leaks == []
+
+
+def test_online_without_a_key_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"WANDB_API_KEY.*wandb login.*tracking\.mode=offline"):
+        tracker(tmp_path, mode="online")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_unknown_mode_is_refused_with_the_choices(tmp_path):
+    with pytest.raises(ConfigError, match=r"'loud'.*auto, online, offline, off"):
+        tracker(tmp_path, mode="loud")
+
+
+def test_auto_obeys_the_mode_that_wandb_was_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracker(tmp_path / "off", mode="auto").close()
+    assert not (tmp_path / "off/wandb").exists()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker(tmp_path / "offline", mode="auto").close()
+    assert records(tmp_path / "offline")
+
+
+def test_without_the_package_auto_is_off_and_the_rest_refuse(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    console = Listener()
+    with tracker(tmp_path, mode="auto", console=console) as t:
+        t.log({"train/loss": 1.0}, step=0)
+    assert console.notes == ["[sft] tracking: off (wandb is not installed)"]
+    assert len(lines(tmp_path)) == 1
+    for mode in ("online", "offline"):
+        with pytest.raises(ConfigError, match=f"mode={mode}.*pip install wandb.*tracking=off"):
+            tracker(tmp_path, mode=mode)
+
+
+def test_wandb_failing_midway_does_not_end_the_run(tmp_path):
+    class Broken:
+        def log(self, *args, **kwargs):
+            raise ConnectionError("service died")
+
+    console = Listener()
+    with tracker(tmp_path, console=console) as t:
+        t._wandb = Broken()
+        t.log({"train/loss": 1.0}, step=0)
+        t.log({"train/loss": 2.0}, step=1)
+    assert len(lines(tmp_path)) == 2
+    assert len(console.notes) == 1
+    assert "service died" in console.notes[0]
+
+
+def test_wandb_is_not_to_report_home_unless_the_user_says_so(tmp_path, monkeypatch):
+    # unset, wandb 0.31 looks up its makers' host even when offline
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
+    tracker(tmp_path / "a", mode="offline").close()
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
+    tracker(tmp_path / "b", mode="offline").close()
+    assert os.environ["WANDB_ERROR_REPORTING"] == "true"
+
+
+# -- the key
+
+
+def test_key_comes_from_the_environment_then_settings_then_netrc(tmp_path, monkeypatch):
+    url = "https://wandb.example.org"
+    netrc = tmp_path / "netrc"
+    netrc.write_text(
+        "machine other.example.org login user password not-this-one\n"
+        "machine wandb.example.org login user password from-netrc\n"
+        "default login anonymous password nor-this-one\n"
+    )
+    assert find_key(url) is None
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert find_key(url) == "from-netrc"
+    assert find_key("https://elsewhere.example.org") is None
+    assert find_key(url, configured="from-settings") == "from-settings"
+    monkeypatch.setenv("WANDB_API_KEY", "from-env")
+    assert find_key(url, configured="from-settings") == "from-env"
+
+
+@pytest.mark.parametrize("machine", ["api.wandb.ai", "api.forge.coreweave.com"])
+def test_a_key_under_either_name_of_wandb_counts(tmp_path, monkeypatch, machine):
+    home = tmp_path
+    (home / ".netrc").write_text(f"machine {machine} login user password {KEY}\n")
+    monkeypatch.setenv("HOME", str(home))
+    assert find_key("https://api.wandb.ai") == KEY
+    assert find_key("https://api.forge.coreweave.com") == KEY
+
+
+def test_a_broken_netrc_is_no_key(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine\n???")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert find_key("https://api.wandb.ai") is None
+
+
+# -- imports
+
+
+def run_python(code: str, *args: str) -> str:
+    root = Path(tracking.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_needs_neither_torch_nor_wandb():
+    code = "import sys, rlhf.tracking, rlhf.console; print({'torch', 'wandb'} & {*sys.modules})"
+    assert run_python(code) == "set()"
+
+
+def test_off_never_imports_wandb(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from rlhf.tracking import Tracker
+folder = Path(sys.argv[1])
+with Tracker(stage="rm", run="tiny", run_name="tiny", config={}, directory=folder,
+             metrics_path=folder / "metrics.jsonl", project="p", entity=None, mode="off",
+             console=None) as tracker:
+    tracker.log({"eval/accuracy": 0.5}, step=0)
+    tracker.summary({"eval/accuracy": 0.5})
+print({"torch", "wandb"} & {*sys.modules})
+"""
+    assert run_python(code, str(tmp_path)) == "set()"
+    assert lines(tmp_path) == [{"step": 0, "eval/accuracy": 0.5}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
