@@ -10,6 +10,7 @@ Only this file and `launch.py` know Hydra. Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +28,12 @@ RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+,-]{0,119}")
 
 
 def _above(name: str, value: float, low: float, why: str) -> None:
-    if value <= low:
-        raise ConfigError(f"{name}={value}: must be above {low:g}. {why}")
+    if not low < value < math.inf:  # not a number is refused too
+        raise ConfigError(f"{name}={value}: must be a number above {low:g}. {why}")
 
 
 def _between(name: str, value: float, low: float, high: float, why: str) -> None:
-    if not low <= value <= high:
+    if not low <= value <= high or math.isinf(value):
         raise ConfigError(f"{name}={value}: must lie in [{low:g}, {high:g}]. {why}")
 
 
@@ -115,6 +116,9 @@ class FullConfig(MethodConfig):
 
     name: str = "full"
 
+    def __post_init__(self) -> None:
+        _one_of("method.name", self.name, ("full",))
+
 
 @dataclass
 class LoraConfig(MethodConfig):
@@ -127,6 +131,7 @@ class LoraConfig(MethodConfig):
     targets: str = "all-linear"  # or layer names, comma-separated: q_proj,v_proj
 
     def __post_init__(self) -> None:
+        _one_of("method.name", self.name, ("lora",))
         why = "It is the inner size of the two LoRA matrices; 8 to 64 is usual."
         _above("method.rank", self.rank, 0, why)
         _above("method.alpha", self.alpha, 0, "The update is scaled by alpha / rank.")
@@ -193,7 +198,7 @@ class SamplingConfig:
     batch_size: int = 64  # sequences drawn at once, per process
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(
                 f"sampling.temperature={self.temperature}: must be above 0. PPO samples from a "
                 "distribution; 1.0 is the usual choice."
@@ -238,7 +243,7 @@ class PPOConfig:
         for name in ("gamma", "lam"):
             _between(f"ppo.{name}", getattr(self, name), 0, 1, "It discounts the future.")
         for name in ("kl_coef", "vf_coef", "missing_eos_penalty", "eval_every"):
-            _between(f"ppo.{name}", getattr(self, name), 0, float("inf"), "0 switches it off.")
+            _between(f"ppo.{name}", getattr(self, name), 0, math.inf, "0 switches it off.")
         _one_of("ppo.schedule", self.schedule, ("constant", "linear", "cosine"))
         _between("ppo.warmup", self.warmup, 0, 1, "It is a share of all optimizer steps.")
         if self.batch_size % self.minibatches:
@@ -263,9 +268,9 @@ class EvaluationConfig:
     samples: int = 5  # answers shown on the console; samples.jsonl holds all
 
     def __post_init__(self) -> None:
-        _between("evaluation.prompts", self.prompts, 0, float("inf"), "0 switches it off.")
+        _between("evaluation.prompts", self.prompts, 0, math.inf, "0 switches it off.")
         _above("evaluation.best_of", self.best_of, 0, "1 draws one answer per prompt.")
-        _between("evaluation.samples", self.samples, 0, float("inf"), "It counts answers.")
+        _between("evaluation.samples", self.samples, 0, math.inf, "It counts answers.")
 
 
 @dataclass
@@ -302,6 +307,8 @@ class StageConfig:
     tracking: TrackingConfig = MISSING
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed}: must be a whole number from 0 to {2**32 - 1}.")
         for name in ("run", "run_name"):
             value = getattr(self, name)
             if not RUN_NAME.fullmatch(value):
@@ -328,6 +335,10 @@ class RMStage(StageConfig):
     policy_from: str = "sft/${run}"
     center_coef: float = 0.0  # pulls scores towards 0 (Eisenstein et al. 2023); 0: off
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _between("center_coef", self.center_coef, 0, math.inf, "0 switches it off.")
 
 
 @dataclass

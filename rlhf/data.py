@@ -12,6 +12,8 @@ import hashlib
 import importlib.util
 import json
 import random
+import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -98,7 +100,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield number, line
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
 
 
@@ -170,6 +172,8 @@ def _messages(value: object, name: str, role: str) -> list[Message]:
             raise _Bad(name, f"has a message whose role is not one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise _Bad(name, "has a message without text content")
+        if not message["content"].isascii() and re.search("[\ud800-\udfff]", message["content"]):
+            raise _Bad(name, "has half a surrogate pair, which is no character")
     if value[-1]["role"] != role:
         raise _Bad(name, f"ends with the {value[-1]['role']}; the last turn must be the {role}'s")
     if not value[-1]["content"].strip():
@@ -232,13 +236,16 @@ def load_function(setting: str, value: str) -> Callable[..., list[float]]:
     """
     path, _, name = value.rpartition(":")
     file = Path(path)
-    if not path or not file.is_file():
+    if file.suffix != ".py" or not file.is_file():
         raise ConfigError(f"{setting}={value}: no file {path or value}. Write path.py:function.")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{setting}={value}: {path} fails: {error!r}. Mend it.") from error
     if not callable(getattr(module, name, None)):
         raise ConfigError(f"{setting}={value}: {path} has no function {name}.")
     return getattr(module, name)

@@ -6,6 +6,7 @@ AdamW is handed over instead) and no shared-memory communication op.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -23,7 +24,10 @@ from rlhf.ranks import world_size
 
 
 def start(seed: int) -> None:
-    """Join the process group (of one, when started by plain `python`) and seed every generator."""
+    """Join the process group (of one, when started by plain `python`) and seed every generator.
+
+    It is left when the process ends: DeepSpeed cannot join a second one.
+    """
     _quiet_libraries()
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(key, value)
@@ -42,16 +46,11 @@ def start(seed: int) -> None:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        atexit.register(dist.destroy_process_group)
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     from transformers import set_seed
 
     set_seed(seed)
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _quiet_libraries() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 import os
 import re
 import signal
@@ -29,6 +30,8 @@ from rlhf import config, guards
 from rlhf.errors import ConfigError, RLHFError, StoppedByGuard
 
 C = TypeVar("C", bound=config.StageConfig)
+
+GRACE = 20.0  # seconds a rank has to end in order before it is killed
 
 
 def stage(name: str) -> Callable[[Callable[[C], None]], Callable[[], None]]:
@@ -55,7 +58,7 @@ def _run(name: str, main: Callable[[C], None]) -> int:
         if cfg is None:  # Hydra was asked to show something: --help, --cfg job
             return 0
         guards.check(cfg)
-        processes = int(os.environ.get("NPROC") or 1)
+        processes = _processes(os.environ.get("NPROC") or "1")
         if processes > 1 and "RANK" not in os.environ:
             return start_ranks(processes)
         main(cfg)
@@ -75,6 +78,12 @@ def _run(name: str, main: Callable[[C], None]) -> int:
             "\nterminated: nothing was published. The same command starts again.", file=sys.stderr
         )
         return 143
+
+
+def _processes(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"NPROC={text}: it is the number of processes to start, 1 or more.")
+    return int(text)
 
 
 class Terminated(BaseException):
@@ -123,6 +132,11 @@ def to_dataclasses(composed: DictConfig, name: str) -> config.StageConfig:
         raise ConfigError(f"{', '.join(missing)}: not set, and there is no default. Add {hint}")
     for key in _added_keys(composed):
         raise ConfigError(_unknown(key, name))
+    if composed.stage != name:
+        raise ConfigError(
+            f"stage={composed.stage}: this is the {name} stage. Run stages/{composed.stage}.py "
+            "for that one; a run is named by run=... and run_name=..."
+        )
     OmegaConf.resolve(composed)
     return OmegaConf.to_object(composed)  # type: ignore[return-value]
 
@@ -153,6 +167,8 @@ def explain(error: Exception, name: str) -> str:
         group, chosen = found.groups()
         choices = sorted(path.stem for path in (config.CONF / group).glob("*.yaml"))
         return f"{group}={chosen}: no such choice. Choose one of: {', '.join(choices)}."
+    if text.startswith("Ambiguous value"):  # Hydra goes on to say how to write each meaning
+        return text
     given = " ".join(sys.argv[1:])
     return f"{text.splitlines()[0].rstrip('.')}. Overrides look like key=value; given: {given}"
 
@@ -192,20 +208,33 @@ def known_keys(name: str) -> list[str]:
 
 def sweep(arguments: list[str]) -> int:
     """Run one process per combination; run names get a readable suffix from the swept values."""
-    overrides = OverridesParser.create().parse_overrides(arguments)
-    swept = [o for o in overrides if o.is_sweep_override()]
-    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    try:
+        overrides = OverridesParser.create().parse_overrides(arguments)
+        swept = [o for o in overrides if o.is_sweep_override()]
+        choices = [[(o.key_or_group, str(v)) for v in o.sweep_string_iterator()] for o in swept]
+    except HydraException as error:
+        given = " ".join(arguments)
+        raise ConfigError(f"-m: {str(error).splitlines()[0]}. Given: {given}") from error
     if not swept:
         raise ConfigError("-m: nothing to sweep. Give a setting several values: ppo.kl_coef=0,0.1")
-    given = next((o.value() for o in overrides if o.key_or_group == "run_name"), None)
-    fixed = [line for line in fixed if not line.startswith("run_name=")]
-    choices = [[(o.key_or_group, str(v)) for v in o.sweep_string_iterator()] for o in swept]
+    if any(o.key_or_group == "run_name" for o in swept):
+        raise ConfigError(
+            "-m run_name: cannot be swept; every run is named by the settings that are. Give "
+            "one run_name, which heads those names, or none."
+        )
+    named = [o for o in overrides if o.key_or_group == "run_name"]
+    stem = (named[-1].value() if named else None) or "${run}"
+    fixed = [o.input_line or "" for o in overrides if o not in swept and o not in named]
+    runs = {_suffix(combination): combination for combination in itertools.product(*choices)}
+    if len(runs) < math.prod(map(len, choices)):
+        raise ConfigError(
+            f"-m: two of the runs would have one name ({', '.join(runs)}). Sweep values that "
+            "differ in letters, digits or . _ = + , -"
+        )
     worst = 0
-    for combination in itertools.product(*choices):
-        suffix = ",".join(f"{key.split('.')[-1]}={value}" for key, value in combination)
-        suffix = re.sub(r"[^A-Za-z0-9._=+,-]", "_", suffix)
+    for suffix, combination in runs.items():
         values = [f"{key}={value}" for key, value in combination]
-        run_name = f"run_name='{given or '${run}'}-{suffix}'"
+        run_name = f"run_name='{stem}-{suffix}'"
         command = [sys.executable, sys.argv[0], *fixed, *values, run_name]
         print(f"[sweep] {' '.join(command[2:])}", file=sys.stderr)
         code = subprocess.call(command)
@@ -213,6 +242,12 @@ def sweep(arguments: list[str]) -> int:
         if code in (130, 143):
             break
     return worst
+
+
+def _suffix(combination: tuple[tuple[str, str], ...]) -> str:
+    """What tells one run of a sweep from the others, as part of a folder's name."""
+    text = ",".join(f"{key.split('.')[-1]}={value}" for key, value in combination)
+    return re.sub(r"[^A-Za-z0-9._=+,-]", "_", text)
 
 
 # ---------------------------------------------------------------- several processes
@@ -250,5 +285,10 @@ def start_ranks(processes: int) -> int:
         for process in ranks:
             if process.poll() is None:
                 process.terminate()
+        deadline = time.monotonic() + GRACE
         for process in ranks:
-            process.wait()
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:  # in a collective call, where no signal is heard
+                process.kill()
+                process.wait()

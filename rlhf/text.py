@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config import DataConfig, TemplateConfig
@@ -183,7 +184,7 @@ class Renderer:
 
     def _render(self, split: Split, cfg: DataConfig, render: Any) -> list[Any]:
         """Render every row; what does not fit is taken out of `split` and counted there."""
-        kept, out, bad = [], [], []
+        kept, out, bad, refused = [], [], [], 0
         dropped: Counter[str] = Counter()
         for number, row in enumerate(split.rows, start=1):
             if token := self._special_token_in(row):
@@ -194,9 +195,14 @@ class Renderer:
                 kept.append(row)
             except _TooLong as error:
                 dropped[str(error)] += 1
+            except TemplateError as error:  # its roles or their order
+                bad.append(f"{split.source}: row {number}: the chat template refuses it: {error}")
+                refused += 1
         accept_bad(bad, len(split.rows), cfg.max_bad_fraction)
-        if bad:
-            dropped["special token in the text"] += len(bad)
+        if refused:
+            dropped["refused by the chat template"] += refused
+        if len(bad) > refused:
+            dropped["special token in the text"] += len(bad) - refused
         if not out:
             raise DataError(
                 f"{split.source}: no row of {split.name} is left: {dict(dropped)}. Raise "
@@ -221,7 +227,7 @@ def load_parent_tokenizer(
     """
     tokenizer = AutoTokenizer.from_pretrained(parent.model_dir)
     asked = template.chat_template
-    if template.name == "inherit" or asked is None or asked == tokenizer.chat_template:
+    if asked is None or asked == tokenizer.chat_template:
         return tokenizer
     raise ConfigError(
         f"template={template.name}: {parent.reference} was trained with another template, and all "

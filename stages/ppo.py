@@ -68,7 +68,6 @@ def main(cfg: config.PPOStage) -> None:
             where=engine.where(cfg.engine),
             summary=evaluate.ppo_summary(metrics),
         )
-        engine.stop()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,6 @@ def main(cfg: config.RMStage) -> None:
             where=engine.where(cfg.engine),
             summary=evaluate.rm_summary(metrics, held_out),
         )
-        engine.stop()
 
 
 if __name__ == "__main__":

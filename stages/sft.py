@@ -65,7 +65,6 @@ def main(cfg: config.SFTStage) -> None:
             where=engine.where(cfg.engine),
             summary=evaluate.sft_summary(metrics),
         )
-        engine.stop()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""The three stages, end to end and a few steps long, on the built-in tiny world."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "sft": ["train.max_steps=3", "data.max_rows=192", "evaluation.prompts=8"],
+    "rm": ["train.max_steps=3", "data.max_rows=96"],
+    "ppo": [
+        "ppo.steps=2",
+        "ppo.batch_size=8",
+        "ppo.micro_batch_size=4",
+        "ppo.minibatches=2",
+        "ppo.epochs=2",
+        "sampling.max_new_tokens=12",
+        "evaluation.prompts=6",
+    ],
+}
+
+
+def run_stage(monkeypatch, stage: str, *overrides: str) -> int:
+    """`python stages/<stage>.py <overrides>` in this process; the exit code."""
+    monkeypatch.setattr(sys, "argv", [f"stages/{stage}.py", *overrides])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "stages" / f"{stage}.py"), run_name="__main__")
+    return int(stopped.value.code or 0)
+
+
+def run_line(monkeypatch, runs: Path, *overrides: str) -> dict[str, int]:
+    """All three stages under one name."""
+    fixed = [f"runs_dir={runs}", "tracking=off", *overrides]
+    return {stage: run_stage(monkeypatch, stage, *fixed, *SMALL[stage]) for stage in SMALL}
+
+
+def numbers(runs: Path, stage: str, name: str = "tiny") -> list[dict[str, object]]:
+    """metrics.jsonl without what a clock or a machine decides."""
+    lines = (runs / stage / name / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))}
+        for line in lines
+    ]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def module_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory, module_patch) -> Path:
+    """A finished line of work."""
+    runs = tmp_path_factory.mktemp("runs")
+    codes = run_line(module_patch, runs)
+    assert codes == {"sft": 0, "rm": 0, "ppo": 0}
+    return runs
+
+
+def test_every_run_is_published_and_sound(line):
+    from rlhf.registry import Registry
+
+    registry = Registry(line)
+    for stage in SMALL:
+        assert registry.verify(f"{stage}/tiny") == []
+    ppo = registry.resolve("ppo/tiny").manifest
+    assert [parent.reference for parent in ppo.parents] == ["sft/tiny", "rm/tiny"]
+    assert ppo.base == registry.resolve("sft/tiny").manifest.base
+    assert ppo.metrics["eval/kl"] is not None
+
+
+def test_the_same_seed_gives_the_same_numbers(line, tmp_path, monkeypatch):
+    assert run_line(monkeypatch, tmp_path) == {"sft": 0, "rm": 0, "ppo": 0}
+    for stage in SMALL:
+        assert numbers(tmp_path, stage) == numbers(line, stage)
+        assert len(numbers(line, stage)) >= 2
+
+
+def test_another_seed_gives_other_numbers(line, monkeypatch):
+    code = run_stage(
+        monkeypatch,
+        "ppo",
+        f"runs_dir={line}",
+        "tracking=off",
+        *SMALL["ppo"],
+        "seed=1",
+        "run_name=other",
+    )
+    assert code == 0
+    assert numbers(line, "ppo", "other") != numbers(line, "ppo")
+
+
+def test_a_finished_run_is_left_alone(line, monkeypatch, capfd):
+    before = snapshot(line / "ppo" / "tiny")
+    fixed = [f"runs_dir={line}", "tracking=off", *SMALL["ppo"]]
+    assert run_stage(monkeypatch, "ppo", *fixed) == 0
+    assert "ppo/tiny is finished" in capfd.readouterr().err
+    assert snapshot(line / "ppo" / "tiny") == before
+
+
+def test_another_config_under_a_finished_name_is_refused(line, monkeypatch, capfd):
+    before = snapshot(line / "ppo" / "tiny")
+    fixed = [f"runs_dir={line}", "tracking=off", *SMALL["ppo"]]
+    assert run_stage(monkeypatch, "ppo", *fixed, "ppo.kl_coef=0.3") == 2
+    said = capfd.readouterr().err
+    assert "ppo.kl_coef: 0.05 -> 0.3" in said
+    assert "run_name=" in said
+    assert "overwrite=true" in said
+    assert snapshot(line / "ppo" / "tiny") == before
+
+
+def test_a_missing_parent_names_the_command_that_makes_it(tmp_path, monkeypatch, capfd):
+    code = run_stage(monkeypatch, "rm", f"runs_dir={tmp_path}", "run=fresh", "tracking=off")
+    assert code == 2
+    said = capfd.readouterr().err
+    assert "sft/fresh" in said
+    assert "make sft RUN=fresh" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_with_an_empty_answer_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capfd
+):
+    data = tmp_path / "data"
+    data.mkdir()
+    good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    bad = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " "}]}
+    (data / "train.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    (data / "validation.jsonl").write_text(json.dumps(good) + "\n")
+    runs = tmp_path / "runs"
+    overrides = [f"runs_dir={runs}", f"data.path={data}", "tracking=off"]
+    assert run_stage(monkeypatch, "sft", *overrides) == 2
+    said = capfd.readouterr().err
+    assert f"{data}/train.jsonl:2: messages ends with an empty assistant turn" in said
+    assert not runs.exists()
+
+
+def test_a_runs_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capfd):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert run_stage(monkeypatch, "sft", f"runs_dir={blocked}/runs", "tracking=off") == 2
+    assert "runs_dir=" in capfd.readouterr().err
+
+
+def test_samples_hold_both_answers_with_score_and_gold(line):
+    rows = [json.loads(row) for row in (line / "ppo/tiny/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["prompt"]
+        for who in ("sft", "ppo"):
+            assert isinstance(row[who], str)
+            assert isinstance(row[f"{who}_score"], float)
+            assert 0 <= row[f"{who}_gold"] <= 1
+
+
+def test_full_fine_tuning_runs_the_whole_line(tmp_path, monkeypatch):
+    assert run_line(monkeypatch, tmp_path, "method=full") == {"sft": 0, "rm": 0, "ppo": 0}
+    assert not (tmp_path / "ppo/tiny/model/adapter").exists()
+
+
+PLAIN = """
+import sys, torch
+from pathlib import Path
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+runs = Path(sys.argv[1])
+
+def golden(stage):
+    stored = load_file(runs / stage / "tiny/model/golden.safetensors")
+    ids, mask = stored["ids"], stored["mask"].long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return stored["values"], dict(input_ids=ids, attention_mask=mask, position_ids=positions)
+
+def off(stage, model):
+    values, inputs = golden(stage)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    now = logits.squeeze(-1) if logits.dim() == 2 else logits[:, -1]
+    return float((now - values).abs().max())
+
+for stage in ("sft", "ppo"):
+    print(off(stage, AutoModelForCausalLM.from_pretrained(runs / stage / "tiny/model")))
+print(off("rm", AutoModelForSequenceClassification.from_pretrained(runs / "rm/tiny/model")))
+base = AutoModelForCausalLM.from_pretrained(runs / "sft/tiny/model")
+print(off("ppo", PeftModel.from_pretrained(base, runs / "ppo/tiny/model/adapter")))
+torch.manual_seed(1)  # another head than the one that was trained
+base = AutoModelForSequenceClassification.from_pretrained(runs / "sft/tiny/model", num_labels=1)
+print(off("rm", PeftModel.from_pretrained(base, runs / "rm/tiny/model/adapter")))
+"""
+
+
+def test_plain_transformers_and_peft_load_what_was_published(line):
+    """The values are those of the model in memory before it was merged and saved."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(line)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=True,
+    )
+    differences = [float(value) for value in done.stdout.split()]
+    assert len(differences) == 5
+    assert max(differences) < 1e-4
