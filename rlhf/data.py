@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import math
 import random
 import re
 import zlib
@@ -131,9 +132,10 @@ def accept_bad(bad: list[str], total: int, max_bad_fraction: float) -> None:
     if bad and len(bad) > max_bad_fraction * total:
         shown = "\n  ".join(bad[:5])
         more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+        enough = math.ceil(len(bad) / total * 1e6) / 1e6  # rounded up, so that it is
         raise DataError(
             f"{len(bad)} of {total} rows cannot be used:\n  {shown}{more}\n"
-            f"Mend them, or drop them with data.max_bad_fraction={len(bad) / total:.3g} or more "
+            f"Mend them, or drop them with data.max_bad_fraction={enough:g} or more "
             f"(now {max_bad_fraction:g})."
         )
 

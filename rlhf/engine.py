@@ -13,14 +13,16 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf.config import EngineConfig
-from rlhf.ranks import world_size
+from rlhf.ranks import is_main, world_size
+
+T = TypeVar("T")
 
 
 def start(seed: int) -> None:
@@ -204,9 +206,9 @@ def gather_objects(value: Any) -> list[Any]:
     return out
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value`, on each process."""
-    box = [value]
+def from_main(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` returns on rank 0, which alone calls it, on each process."""
+    box = [function(*arguments) if is_main() else None]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return box[0]  # type: ignore[return-value]

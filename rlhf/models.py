@@ -15,6 +15,7 @@ from typing import Any
 
 import peft
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -52,7 +53,7 @@ def load_causal(
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path={path}: no model could be loaded: {first}") from error
     _settle_ids(model, tokenizer)
@@ -155,6 +156,9 @@ def no_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):  # a bare number, as Llama's attention has
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -334,6 +334,8 @@ def prove_start(roles: Roles, batch: Batch, cfg: PPOStage) -> str:
         StoppedByGuard: either is beyond the tolerance for the dtype.
     """
     kl, ratio = 0.0, 0.0
+    training = roles.policy.training
+    roles.policy.train()  # as `update` will have it: dropout shows here
     for micro in batch.micro(7):  # a size that divides no usual batch
         padded = replace(
             micro,
@@ -344,6 +346,7 @@ def prove_start(roles: Roles, batch: Batch, cfg: PPOStage) -> str:
         then = logprobs(roles.reference, padded, temperature=cfg.sampling.temperature)
         kl = max(kl, float((now - then).abs().max()))
         ratio = max(ratio, float(((now - micro.old_logprobs).exp() - 1).abs().max()))
+    roles.policy.train(training)
     kl = max(engine.gather_objects(kl))
     ratio = max(engine.gather_objects(ratio))
     kl_limit, ratio_limit = TOLERANCE[engine.dtype(cfg.engine)]

@@ -67,14 +67,17 @@ def sample(
         pad_id, eos_id: of the tokenizer.
         device: where the policy is.
     """
-    training = policy.training
+    training, own = policy.training, policy.generation_config
     policy.eval()
+    # generate() fills what our settings leave open from the model's: a repetition penalty, say.
+    policy.generation_config = GenerationConfig()  # type: ignore[assignment]
     parts = []
     for start in range(0, len(prompts), cfg.batch_size):
         rows = slice(start, start + cfg.batch_size)
         parts.append(
             _generate(policy, prompts[rows], keys[rows], seed, cfg, pad_id, eos_id, device)
         )
+    policy.generation_config = own
     policy.train(training)
     return _stack(parts, pad_id)
 

@@ -7,6 +7,7 @@ A prompt and its answer are tokenized apart and then joined, because that is wha
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,8 +244,11 @@ def published_facts(model_dir: Path) -> dict[str, Any]:
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What two stages must have in common: hashes of tokenizer and template, special ids."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for passing in ("padding", "truncation"):  # left over from the last call
+        state.pop(passing, None)
     return {
-        "tokenizer_hash": _sha256(tokenizer.backend_tokenizer.to_str()),
+        "tokenizer_hash": _sha256(json.dumps(state)),
         "template_hash": _sha256(str(tokenizer.chat_template)),
         "pad_id": tokenizer.pad_token_id,
         "eos_id": tokenizer.eos_token_id,

@@ -61,7 +61,7 @@ def main(cfg: config.PPOStage) -> None:
             )
         session.publish(
             base=sft.manifest.base,
-            tokenizer=text.published_facts(session.model_dir),
+            tokenizer=engine.from_main(text.published_facts, session.model_dir),
             splits=splits,
             metrics=metrics,
             golden=facts,

@@ -58,7 +58,7 @@ def main(cfg: config.SFTStage) -> None:
             )
         session.publish(
             base=base_facts,
-            tokenizer=text.published_facts(session.model_dir),
+            tokenizer=engine.from_main(text.published_facts, session.model_dir),
             splits=splits,
             metrics=metrics,
             golden=facts,
