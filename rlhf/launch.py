@@ -31,7 +31,7 @@ from rlhf.errors import ConfigError, RLHFError, StoppedByGuard
 
 C = TypeVar("C", bound=config.StageConfig)
 
-GRACE = 20.0  # seconds a rank has to end in order before it is killed
+GRACE = 10.0  # seconds a rank has to end in order before it is killed
 
 
 def stage(name: str) -> Callable[[Callable[[C], None]], Callable[[], None]]:

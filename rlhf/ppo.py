@@ -333,7 +333,7 @@ def prove_start(roles: Roles, batch: Batch, cfg: PPOStage) -> str:
     Raises:
         StoppedByGuard: either is beyond the tolerance for the dtype.
     """
-    kl, ratio = 0.0, 0.0
+    worst = torch.zeros(2)  # |log-ratio to the reference|, |ratio to what was sampled - 1|
     training = roles.policy.training
     roles.policy.train()  # as `update` will have it: dropout shows here
     for micro in batch.micro(7):  # a size that divides no usual batch
@@ -344,11 +344,10 @@ def prove_start(roles: Roles, batch: Batch, cfg: PPOStage) -> str:
         )
         now = logprobs(roles.policy, padded, temperature=cfg.sampling.temperature)
         then = logprobs(roles.reference, padded, temperature=cfg.sampling.temperature)
-        kl = max(kl, float((now - then).abs().max()))
-        ratio = max(ratio, float(((now - micro.old_logprobs).exp() - 1).abs().max()))
+        found = torch.stack([now - then, (now - micro.old_logprobs).exp() - 1]).abs().amax((1, 2))
+        worst = torch.maximum(worst, found.cpu())  # which keeps a nan, as Python's max does not
     roles.policy.train(training)
-    kl = max(engine.gather_objects(kl))
-    ratio = max(engine.gather_objects(ratio))
+    kl, ratio = torch.stack(engine.gather_objects(worst)).amax(0).tolist()
     kl_limit, ratio_limit = TOLERANCE[engine.dtype(cfg.engine)]
     if not (kl <= kl_limit and ratio <= ratio_limit):
         raise StoppedByGuard(

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from rlhf import config, ranks
 from rlhf.console import Console
 from rlhf.data import Split
-from rlhf.manifest import BaseModel, DataFacts, TokenizerFacts
+from rlhf.manifest import MANIFEST, BaseModel, DataFacts, TokenizerFacts
 from rlhf.registry import Published, Registry, Run
 from rlhf.tracking import METRICS, Tracker
 
@@ -201,7 +201,11 @@ def open_session(
     """
     console = Console(quiet=not ranks.is_main())
     if not ranks.is_main():
-        yield Session(cfg, None, console)
+        session = Session(cfg, None, console)
+        # The main process leaves a finished run at once (or refuses it); waiting for it would hang.
+        if not cfg.overwrite and (session.path / MANIFEST).exists():
+            session._state = "finished"
+        yield session
         return
     with Registry(cfg.runs_dir).open(
         cfg.stage,

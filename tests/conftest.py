@@ -17,6 +17,8 @@ import pytest
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from rlhf.registry import Published
+
 # Before anything imports transformers or torch.
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -159,3 +161,33 @@ def tiny_model_dir(
     tiny_model().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def publish_run() -> Callable[..., Published]:
+    """`publish_run(runs_dir, "sft")`: a finished run with files in it, but no real weights."""
+    from rlhf.manifest import BaseModel, DataFacts, TokenizerFacts
+    from rlhf.registry import Registry
+
+    def publish(
+        runs_dir: Path, stage: str, parents: dict[str, Published] | None = None
+    ) -> Published:
+        registry = Registry(runs_dir)
+        config = {"stage": stage, "run": "tiny", "seed": 0}
+        with registry.open(stage, "tiny", config, parents or {}) as run:
+            (run.path / "model").mkdir(exist_ok=True)
+            (run.path / "model" / "model.safetensors").write_bytes(b"weights")
+            run.publish(
+                base=BaseModel("base", None, "base-1"),
+                tokenizer=TokenizerFacts("tokenizer-1", "template-1", pad_id=0, eos_id=2, bos_id=1),
+                method={"name": "lora", "adapter_chain": []},
+                data=[DataFacts("rows.jsonl", "train", "data-1", 1, {})],
+                metrics={},
+                golden={},
+                environment={"world_size": 1, "zero_stage": 2, "seed": 0}
+                | {"dtype": "float32", "device": "cpu"},
+                phases={},
+            )
+        return registry.resolve(f"{stage}/tiny")
+
+    return publish

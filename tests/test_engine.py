@@ -1,0 +1,273 @@
+"""The engine: schedules by hand, and the same weights as plain torch however a batch is split."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
+
+from rlhf import engine
+from rlhf.config import EngineConfig
+
+LEARNING_RATE = 0.05
+
+
+@pytest.fixture(scope="module", autouse=True)
+def extensions(tmp_path_factory):
+    """One process group for this file, and the folder where DeepSpeed would compile operators."""
+    before = dict(os.environ)
+    folder = tmp_path_factory.mktemp("extensions")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    engine.start(0)
+    yield folder
+    os.environ.clear()
+    os.environ.update(before)
+
+
+# schedules ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "total", "expected"),
+    [
+        ("constant", 0.0, 3, [1, 1, 1, 1]),
+        ("linear", 0.0, 4, [1, 3 / 4, 2 / 4, 1 / 4, 0, 0]),
+        # Two of eight steps warm up, by thirds; six are left.
+        ("linear", 0.25, 8, [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0]),
+        ("constant", 0.25, 8, [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1]),
+        # cos(0), cos(60 degrees), cos(120), cos(180), and no rise after the end.
+        ("cosine", 0.25, 4, [1 / 2, 1, 3 / 4, 1 / 4, 0, 0]),
+        ("cosine", 0.0, 2, [1, 1 / 2, 0, 0]),
+        ("linear", 1.0, 3, [1 / 4, 2 / 4, 3 / 4, 1]),
+        ("cosine", 0.01, 1, [1 / 2, 1]),  # a part of a step is a step of warm-up
+    ],
+)
+def test_learning_rate_factor_by_hand(schedule, warmup, total, expected):
+    factor = engine.learning_rate_factor(schedule, warmup=warmup, total=total)
+    assert [factor(step) for step in range(len(expected))] == pytest.approx(expected, abs=1e-12)
+
+
+def test_no_step_of_training_is_wasted():
+    """The first update learns, and so does the last."""
+    for schedule in ("constant", "linear", "cosine"):
+        for warmup in (0.0, 0.1, 0.5):
+            factor = engine.learning_rate_factor(schedule, warmup=warmup, total=20)
+            assert all(0 < factor(step) <= 1 for step in range(20))
+            assert max(map(factor, range(20))) == 1
+
+
+# deepspeed's config ------------------------------------------------------------------------------
+
+
+def test_deepspeed_config(monkeypatch):
+    """An optimizer block would compile FusedAdam for minutes; a scheduler block is ours too."""
+
+    def config(**settings):
+        return engine.deepspeed_config(
+            EngineConfig(**settings), micro_batch_size=3, accumulation=5, max_grad_norm=0.7
+        )
+
+    given = config(zero_stage=1, dtype="bf16")
+    assert not {"optimizer", "scheduler", "fp16"} & set(given)
+    assert given["zero_optimization"]["stage"] == 1
+    assert given["gradient_clipping"] == 0.7
+    assert given["gradient_accumulation_steps"] == 5
+    assert given["train_batch_size"] == 15
+    assert given["bf16"]["enabled"] is True
+    assert config(dtype="fp32")["bf16"]["enabled"] is False
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert config()["train_batch_size"] == 60
+    json.dumps(config())
+
+
+# updates -----------------------------------------------------------------------------------------
+
+# Three updates of four ragged rows. The sizes of their gradients differ by a lot: Adam does not
+# see a common factor, so clipping, or a wrong average, shows only through what later steps keep.
+UPDATES, ROWS, WIDTH = 3, 4, 5
+SIZES = [1.0, 30.0, 3.0]
+MAX_GRAD_NORM = 1.5  # norms are 1.3, 47 and 1.9: left alone, cut, cut
+
+
+def factor(step):
+    return 1 / (1 + step)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batch():
+    """x [UPDATES, ROWS, WIDTH, 6], y and mask without the 6; rows of 5, 1, 3 and 4 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(UPDATES, ROWS, WIDTH, 6, generator=generator)
+    y = torch.randn(UPDATES, ROWS, WIDTH, generator=generator)
+    mask = torch.arange(WIDTH) < torch.tensor([5, 1, 3, 4])[:, None]
+    return x, y * torch.tensor(SIZES)[:, None, None], mask.expand(UPDATES, ROWS, WIDTH)
+
+
+def squared_error(module, x, y, mask, count):
+    """One part of the mean over all real tokens: what is handed to `Engine.backward`."""
+    return ((module(x).squeeze(-1) - y).square() * mask).sum() / count
+
+
+def by_torch():
+    """Weights after each update, and norms of the gradients, by plain AdamW on whole batches."""
+    module = network()
+    module[0].requires_grad_(False)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, eps=1e-5)
+    norms = []
+    for step, (x, y, mask) in enumerate(zip(*batch(), strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * factor(step)
+        optimizer.zero_grad()
+        squared_error(module, x, y, mask, mask.sum()).backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in trained))
+        for p in trained:
+            p.grad *= min(1.0, MAX_GRAD_NORM / norm)
+        optimizer.step()
+        norms.append(norm)
+    return dict(module.state_dict()), norms
+
+
+def by_engine(zero_stage, micro, rows=slice(None)):
+    """The same by our engine, `micro` rows at a time, of `rows` of every batch."""
+    module = network()
+    module[0].requires_grad_(False)
+    x, y, mask = (tensor[:, rows] for tensor in batch())
+    trainer = engine.Engine(
+        module,
+        EngineConfig(zero_stage=zero_stage),
+        learning_rate=LEARNING_RATE,
+        factor=factor,
+        micro_batch_size=micro,
+        accumulation=x.shape[1] // micro,
+        max_grad_norm=MAX_GRAD_NORM,
+    )
+    norms, rates = [], []
+    for update in range(UPDATES):
+        rates.append(trainer.learning_rate)
+        count = engine.sum_over_ranks(mask[update].sum())
+        for start in range(0, x.shape[1], micro):
+            part = slice(start, start + micro)
+            pieces = (tensor[update, part] for tensor in (x, y, mask))
+            trainer.backward(squared_error(trainer.module, *pieces, count))
+            trainer.step()
+        norms.append(trainer.grad_norm)
+    state = {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
+    return state, norms, rates
+
+
+def test_clipping_matters_here():
+    """It binds in some updates and not in others, or the next test could not fail for it."""
+    _, norms = by_torch()
+    assert min(norms) < 0.9 * MAX_GRAD_NORM
+    assert max(norms) > 10 * MAX_GRAD_NORM
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_weights_are_those_of_plain_torch(zero_stage, micro):
+    expected, expected_norms = by_torch()
+    state, norms, rates = by_engine(zero_stage, micro)
+    assert torch.equal(state["0.weight"], network()[0].weight)  # frozen
+    for name, tensor in expected.items():
+        assert_close(state[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    if zero_stage == 0:
+        assert norms == [None] * UPDATES  # DeepSpeed does not tell
+    else:
+        assert norms == pytest.approx(expected_norms, rel=1e-4)
+    assert rates == pytest.approx([LEARNING_RATE, LEARNING_RATE / 2, LEARNING_RATE / 3])
+
+
+def test_every_accumulation_th_step_updates():
+    module = network()
+    trainer = engine.Engine(
+        module,
+        EngineConfig(zero_stage=2),
+        learning_rate=LEARNING_RATE,
+        factor=lambda step: 1.0,
+        micro_batch_size=1,
+        accumulation=3,
+        max_grad_norm=1.0,
+    )
+    moved = []
+    for _ in range(6):
+        before = module[4].weight.detach().clone()
+        trainer.backward(trainer.module(torch.ones(1, 6)).sum())
+        trainer.step()
+        moved.append(not torch.equal(module[4].weight, before))
+    assert moved == [False, False, True, False, False, True]
+
+
+def test_nothing_is_compiled_at_start(extensions):
+    by_engine(2, 2)
+    assert not list(extensions.rglob("*"))
+
+
+# processes ---------------------------------------------------------------------------------------
+
+
+def test_one_process_has_only_itself():
+    value = torch.tensor([1.0, 2.0])
+    assert engine.sum_over_ranks(value) is value
+    assert engine.gather_objects({"a": 1}) == [{"a": 1}]
+
+
+def worker(folder):
+    """One of two processes: every second row of each batch, by both stages that shard."""
+    engine.start(0)
+    rank = int(os.environ["RANK"])
+    value = torch.tensor([1.0 + rank])
+    assert engine.sum_over_ranks(value).tolist() == [3.0]
+    assert value.tolist() == [1.0 + rank], "the argument is left alone"
+    assert engine.gather_objects(f"rank {rank}") == ["rank 0", "rank 1"]
+    state, norms, _ = by_engine(2, 1, rows=slice(rank, None, 2))
+    state |= {"norms": torch.tensor(norms)}
+    save_file(state, os.path.join(folder, f"rank{rank}.safetensors"))
+
+
+def test_two_processes_end_with_the_weights_of_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    expected, expected_norms = by_torch()
+    for rank in range(2):
+        state = load_file(tmp_path / f"rank{rank}.safetensors")
+        assert state.pop("norms").tolist() == pytest.approx(expected_norms, rel=1e-4)
+        for name, tensor in expected.items():
+            assert_close(state[name], tensor, rtol=0, atol=1e-5)
+    assert not list((tmp_path / "extensions").rglob("*")), "something was compiled"
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
