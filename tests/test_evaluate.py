@@ -177,19 +177,19 @@ def answers(scores, gold, kl=(0.5, 1.5, 1.0)):
 
 
 def test_compare_by_hand(renderer):
-    before, after = answers([1, 2, 3], [0.2, 0.4, 0.6]), answers([4, 2, 3], [0.3, 0.4, 0.1])
+    before, after = answers([1, 2, 3], [0.2, 0.4, 0.6]), answers([4, 2, 3], [0.3, 0.4, 0.8])
     found = held_out(renderer).compare(before, after)
-    gold, wins = mean_of([0.3, 0.4, 0.1]), mean_of([1, 0.5, 0])
+    gold, wins = mean_of([0.3, 0.4, 0.8]), mean_of([1, 0.5, 1])
     assert found == pytest.approx(
         {
             "eval/score": 3,
             "eval/score_sft": 2,
             "eval/kl": 1,
-            "eval/gold": 0.8 / 3,
+            "eval/gold": 0.5,
             "eval/gold_ci_low": gold.low,
             "eval/gold_ci_high": gold.high,
             "eval/gold_sft": 0.4,
-            "eval/win_rate": 0.5,
+            "eval/win_rate": 2.5 / 3,
             "eval/win_rate_ci_low": wins.low,
             "eval/win_rate_ci_high": wins.high,
         }

@@ -161,9 +161,13 @@ def test_rows_drop_padding_and_nothing_else(make_roles):
 @torch.no_grad()
 def test_judge_is_each_row_alone(make_roles, micro, temperature):
     roles = make_roles()
+    for parameter in roles.policy.parameters():  # or every KL would be 0
+        if parameter.requires_grad:
+            parameter += 0.05
     cfg = stage(micro_batch_size=micro, temperature=temperature, missing_eos_penalty=0.0)
     found = drawn(roles.policy, cfg)
     batch = ppo.judge(found, roles, cfg)
+    assert float(batch.kl.abs().max()) > 0.1
     critic, reward_model = roles.critic.get_base_model(), roles.reward_model
     for row, (prompt, answer) in enumerate(zip(PROMPTS, found.answer_ids(), strict=True)):
         ids, n = torch.tensor([prompt + answer]), len(answer)
@@ -283,8 +287,9 @@ def test_number_of_optimizer_steps(make_roles, monkeypatch, epochs, minibatches)
     )
     cfg = stage(epochs=epochs, minibatches=minibatches, micro_batch_size=2)
     roles = make_roles()
-    updated(roles, ready(roles, cfg), cfg)
+    stats, *_ = updated(roles, ready(roles, cfg), cfg)
     assert len(taken) == 2 * epochs * minibatches  # policy and critic
+    assert stats["policy/ratio"] == pytest.approx(1, abs=0.2)  # the mean of so many
 
 
 @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
