@@ -192,8 +192,6 @@ class SamplingConfig:
     """How responses are drawn; `old_logprobs` are those of this distribution."""
 
     temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
     max_new_tokens: int = 64
     batch_size: int = 64  # sequences drawn at once, per process
 
@@ -203,8 +201,6 @@ class SamplingConfig:
                 f"sampling.temperature={self.temperature}: must be above 0. PPO samples from a "
                 "distribution; 1.0 is the usual choice."
             )
-        _between("sampling.top_p", self.top_p, 1e-6, 1, "1.0 switches it off.")
-        _above("sampling.top_k", self.top_k, -1, "0 switches it off.")
         _above("sampling.max_new_tokens", self.max_new_tokens, 0, "Nothing would be sampled.")
         _above("sampling.batch_size", self.batch_size, 0, "It counts sequences.")
 
@@ -231,7 +227,6 @@ class PPOConfig:
     vf_coef: float = 0.1  # [N+]
     whiten_advantages: bool = True  # to mean 0 and variance 1, over all processes [N+]
     missing_eos_penalty: float = 1.0  # taken off the score of an answer cut at the limit
-    eval_every: int = 0  # steps between held-out evaluations; 0: only at the end
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "epochs", "minibatches"):
@@ -242,7 +237,7 @@ class PPOConfig:
             _above(f"ppo.{name}", getattr(self, name), 0, "0.2 is usual.")
         for name in ("gamma", "lam"):
             _between(f"ppo.{name}", getattr(self, name), 0, 1, "It discounts the future.")
-        for name in ("kl_coef", "vf_coef", "missing_eos_penalty", "eval_every"):
+        for name in ("kl_coef", "vf_coef", "missing_eos_penalty"):
             _between(f"ppo.{name}", getattr(self, name), 0, math.inf, "0 switches it off.")
         _one_of("ppo.schedule", self.schedule, ("constant", "linear", "cosine"))
         _between("ppo.warmup", self.warmup, 0, 1, "It is a share of all optimizer steps.")
@@ -261,15 +256,13 @@ class PPOConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Sampling on held-out prompts, at temperature 1 and without top-k or top-p."""
+    """Sampling on held-out prompts, at temperature 1."""
 
     prompts: int = 200  # from the validation split; 0: no sampling
-    best_of: int = 8  # SFT: samples per prompt; the best by gold is the ceiling to aim for
     samples: int = 5  # answers shown on the console; samples.jsonl holds all
 
     def __post_init__(self) -> None:
         _between("evaluation.prompts", self.prompts, 0, math.inf, "0 switches it off.")
-        _above("evaluation.best_of", self.best_of, 0, "1 draws one answer per prompt.")
         _between("evaluation.samples", self.samples, 0, math.inf, "It counts answers.")
 
 

@@ -1,7 +1,7 @@
 """Golden values: what a run's model said of fixed inputs when it was published, in memory.
 
-A child recomputes them after loading, so that a lost head, a dropped adapter or a swapped
-tokenizer is found before anything is trained on it.
+A child recomputes them after loading, so that a lost head or a dropped adapter is found before
+anything is trained on it. The inputs are token ids: a swapped tokenizer is found by its hash.
 """
 
 from __future__ import annotations

@@ -44,6 +44,16 @@ RULES = (
         issues=("huggingface/peft#1328", "huggingface/peft#297", "hiyouga/LLaMA-Factory#1226"),
     ),
     Rule(
+        name="ppo-dropout",
+        refuses=lambda cfg: cfg.stage == "ppo" and getattr(cfg.method, "dropout", 0.0) > 0,
+        message=(
+            "method.dropout={cfg.method.dropout} in PPO: a training pass would not give the "
+            "probabilities that were sampled, so the ratio would not be 1 before an update. Use "
+            "method.dropout=0; dropout is fine in SFT and RM."
+        ),
+        issues=("CarperAI/trlx#508", "huggingface/trl#2358"),
+    ),
+    Rule(
         name="zero3-not-yet",
         refuses=lambda cfg: cfg.engine.zero_stage == 3,
         message=(

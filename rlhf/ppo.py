@@ -253,7 +253,7 @@ def update(
     device = batch.prompts.device
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     norms: dict[str, list[float]] = defaultdict(list)
-    generator = torch.Generator().manual_seed(mix(mix(cfg.seed) ^ mix(-step)) & (2**63 - 1))
+    generator = torch.Generator().manual_seed(mix(mix(cfg.seed) - step) & (2**63 - 1))
     policy.module.train()
     critic.module.train()
     size = len(batch) // cfg.ppo.minibatches

@@ -96,7 +96,7 @@ def draw(
         policy,
         [prompts[place] for place in mine],
         keys=list(mine),
-        seed=mix(mix(cfg.seed) ^ mix(step)),
+        seed=mix(mix(cfg.seed) + step),
         cfg=cfg.sampling,
         pad_id=renderer.pad_id,
         eos_id=renderer.eos_id,

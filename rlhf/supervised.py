@@ -6,6 +6,7 @@ row is asserted.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from typing import Any
 
@@ -52,7 +53,7 @@ def train_sft(
 ) -> dict[str, float]:
     """Minimise the mean negative log-likelihood of answer tokens; see `_train`."""
     return _train(
-        SFTTrainer,
+        _SFTTrainer,
         SFTConfig,
         {"completion_only_loss": True, "max_length": None},
         model,
@@ -173,6 +174,26 @@ def _train(
             trainer.evaluate()
     first = {f"start/{name}": value for name, value in report.first.items()}
     return first | report.last
+
+
+class _SFTTrainer(SFTTrainer):
+    """Held-out loss per answer token, whatever the micro-batch size.
+
+    The Trainer averages over rows what is a mean over the tokens of each batch; scaled by the
+    batch's tokens per row over all rows' tokens per row, that average is the mean over tokens.
+    """
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        mask = inputs["labels"] != -100
+        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return (loss * (mask.sum() / mask.shape[0] / self._tokens_per_row), *rest)
+
+    @functools.cached_property
+    def _tokens_per_row(self) -> float:
+        rows: Any = self.eval_dataset
+        return sum(label != -100 for row in rows["labels"] for label in row) / len(rows)
 
 
 def _printer() -> type[TrainerCallback]:

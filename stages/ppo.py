@@ -24,7 +24,8 @@ def main(cfg: config.PPOStage) -> None:
         with session.phase("load"):
             engine.start(cfg.seed)
             renderer = text.Renderer(text.load_parent_tokenizer(sft, template=cfg.template))
-            stream = data.PromptStream(renderer.prompts(splits["train"], cfg.data), cfg.seed)
+            prompts = {name: renderer.prompts(split, cfg.data) for name, split in splits.items()}
+            stream = data.PromptStream(prompts["train"], cfg.seed)
             held_out = evaluate.HeldOut(splits["validation"].rows, renderer, cfg, gold)
             roles = models.load_roles(sft, rm, renderer.tokenizer, cfg.method, cfg.engine)
             policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
@@ -36,8 +37,8 @@ def main(cfg: config.PPOStage) -> None:
             with session.phase("train"), session.console.progress("ppo", cfg.ppo.steps) as pace:
                 for step in range(1, cfg.ppo.steps + 1):
                     with session.timed("time/rollout"):
-                        prompts = stream.batch(step, cfg.ppo.batch_size)
-                        drawn = rollout.draw(roles.policy, prompts, cfg, renderer, step=step)
+                        asked = stream.batch(step, cfg.ppo.batch_size)
+                        drawn = rollout.draw(roles.policy, asked, cfg, renderer, step=step)
                     with session.timed("time/score"):
                         batch = ppo.judge(drawn, roles, cfg)
                         if step == 1:
@@ -55,9 +56,12 @@ def main(cfg: config.PPOStage) -> None:
         session.show_samples(samples)
         with session.phase("publish"):
             session.publish_model(models.publish, roles.policy, renderer.tokenizer)
-            probes = [renderer.prompt(row["prompt"]) for row in splits["validation"].rows]
             facts = golden.write_logits(
-                roles.policy, probes, renderer.pad_id, session, engine.dtype(cfg.engine)
+                roles.policy,
+                prompts["validation"],
+                renderer.pad_id,
+                session,
+                engine.dtype(cfg.engine),
             )
         session.publish(
             base=sft.manifest.base,

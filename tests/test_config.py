@@ -73,9 +73,6 @@ REFUSED = [
     (TrainConfig, "train", "max_grad_norm", 0.0, "1.0 is usual"),
     (TrainConfig, "train", "batch_size", 24, "not a multiple of train.micro_batch_size=16"),
     (SamplingConfig, "sampling", "temperature", 0.0, "must be above 0. PPO samples"),
-    (SamplingConfig, "sampling", "top_p", 0.0, "1.0 switches it off"),
-    (SamplingConfig, "sampling", "top_p", 1.1, "1.0 switches it off"),
-    (SamplingConfig, "sampling", "top_k", -1, "0 switches it off"),
     (SamplingConfig, "sampling", "max_new_tokens", 0, "Nothing would be sampled"),
     (SamplingConfig, "sampling", "batch_size", 0, "It counts sequences"),
     *(
@@ -91,12 +88,11 @@ REFUSED = [
     *((PPOConfig, "ppo", name, -0.1, "discounts the future") for name in ("gamma", "lam")),
     *(
         (PPOConfig, "ppo", name, -1, "0 switches it off")
-        for name in ("kl_coef", "vf_coef", "missing_eos_penalty", "eval_every")
+        for name in ("kl_coef", "vf_coef", "missing_eos_penalty")
     ),
     (PPOConfig, "ppo", "schedule", "step", "Choose one of: constant, linear, cosine"),
     (PPOConfig, "ppo", "warmup", 1.5, "share of all optimizer steps"),
     (EvaluationConfig, "evaluation", "prompts", -1, "0 switches it off"),
-    (EvaluationConfig, "evaluation", "best_of", 0, "1 draws one answer per prompt"),
     (EvaluationConfig, "evaluation", "samples", -1, "It counts answers"),
     (TrackingConfig, "tracking", "mode", "disabled", "auto, online, offline, off"),
 ]

@@ -37,7 +37,9 @@ TABLE = {
 @pytest.mark.parametrize(("method", "zero_stage", "offload"), TABLE)
 def test_a_combination_is_refused_by_its_rule_or_allowed(method, zero_stage, offload):
     cfg = SimpleNamespace(
-        method=METHOD[method], engine=EngineConfig(zero_stage=zero_stage, offload=offload)
+        stage="sft",
+        method=METHOD[method],
+        engine=EngineConfig(zero_stage=zero_stage, offload=offload),
     )
     rule = TABLE[method, zero_stage, offload]
     if rule is None:
@@ -51,15 +53,17 @@ def test_a_combination_is_refused_by_its_rule_or_allowed(method, zero_stage, off
 
 def test_every_rule_refuses_something_above_and_has_a_name_of_its_own():
     names = [rule.name for rule in guards.RULES]
-    assert set(names) == {rule for rule in TABLE.values() if rule}
+    assert set(names) == {rule for rule in TABLE.values() if rule} | {"ppo-dropout"}
     assert len(set(names)) == len(names)
 
 
 def test_every_way_out_that_a_rule_names_is_open():
     for rule in guards.RULES:
         for method in METHOD.values():
-            guards.check(SimpleNamespace(method=method, engine=EngineConfig(zero_stage=2)))
-        assert "engine=zero2" in rule.message
+            guards.check(
+                SimpleNamespace(stage="sft", method=method, engine=EngineConfig(zero_stage=2))
+            )
+        assert "engine=zero2" in rule.message or rule.name == "ppo-dropout"
     assert (CONF / "engine" / "zero2.yaml").is_file()
 
 
@@ -126,3 +130,12 @@ def test_the_other_stages_refuse_it_too(tmp_path, trapped, stage):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "[zero3-adapter]" in done.stderr
+
+
+def test_dropout_is_refused_in_ppo_and_only_there():
+    method, engine = LoraConfig(dropout=0.1), EngineConfig()
+    for stage in ("sft", "rm"):
+        guards.check(SimpleNamespace(stage=stage, method=method, engine=engine))
+    with pytest.raises(ConfigError, match=r"^\[ppo-dropout\] method\.dropout=0\.1"):
+        guards.check(SimpleNamespace(stage="ppo", method=method, engine=engine))
+    guards.check(SimpleNamespace(stage="ppo", method=FullConfig(), engine=engine))

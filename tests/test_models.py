@@ -159,6 +159,14 @@ def test_tokens_stand_where_they_would_without_padding(by_place, tiny_tokenizer,
 
 
 @torch.no_grad()
+def test_values_and_scores_are_fp32_whatever_the_model_is(scalar):
+    ids, mask, _ = padded()
+    scalar.to(torch.bfloat16)
+    assert models.token_values(scalar, ids, mask).dtype == torch.float32
+    assert models.scores(scalar, ids, mask).dtype == torch.float32
+
+
+@torch.no_grad()
 def test_score_reads_the_eos_and_not_a_pad(scalar):
     """Two rows that differ in the EOS alone score differently; what is on the pads is not read."""
     ids, mask, _ = padded(right=3)

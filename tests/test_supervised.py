@@ -174,7 +174,6 @@ def test_prompt_tokens_get_no_loss(policy, tiny_tokenizer):
     assert metrics["start/eval/loss"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the Trainer averages the means of its micro-batches")
 def test_held_out_loss_does_not_depend_on_the_micro_batch(policy, tiny_tokenizer):
     """It is compared between runs as nats per answer token."""
     rows = demonstrations()
