@@ -117,7 +117,7 @@ def test_another_config_under_a_finished_name_is_refused(line, monkeypatch, capf
     fixed = [f"runs_dir={line}", "tracking=off", *SMALL["ppo"]]
     assert run_stage(monkeypatch, "ppo", *fixed, "ppo.kl_coef=0.3") == 2
     said = capfd.readouterr().err
-    assert "ppo.kl_coef: 0.05 -> 0.3" in said
+    assert "ppo.kl_coef: 0.1 -> 0.3" in said
     assert "run_name=" in said
     assert "overwrite=true" in said
     assert snapshot(line / "ppo" / "tiny") == before

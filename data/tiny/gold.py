@@ -26,7 +26,7 @@ word scores 0.
 What would maximise it: two to four different full sentences, 12 to 38 words in all, that mention
 everything the request names, say one cue word of the kind, and hold two warm words. No fixed
 text can do so, since names, things and traits change with the request: the best fixed answer
-off topic reaches 0.4 to 0.5. Limits, on purpose: it counts words and shapes, it does not
+off topic averages 0.56. Limits, on purpose: it counts words and shapes, it does not
 understand. A fluent text that mentions the right words in a senseless order scores well.
 """
 
