@@ -32,6 +32,7 @@ from rlhf import parts
 from rlhf.config import LoraConfig, MethodConfig, ModelConfig
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.manifest import BaseModel
+from rlhf.masking import at_least_fp32
 from rlhf.methods import lora
 from rlhf.registry import Published
 
@@ -316,9 +317,9 @@ def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_values(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the scalar head says at every position: [B, T], in fp32."""
+    """What the scalar head says at every position: [B, T], in fp32 (fp64 for an fp64 model)."""
     head: Any = model.score if isinstance(model, SharedRole) else _inner(model).score
-    return head(hidden_states(model, ids, mask)).squeeze(-1).float()
+    return at_least_fp32(head(hidden_states(model, ids, mask)).squeeze(-1))
 
 
 def _inner(model: nn.Module) -> Any:
