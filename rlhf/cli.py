@@ -482,8 +482,10 @@ def _bytes(count: int) -> str:
 
 
 def _state(run: RunInfo) -> str:
-    """Finished or not; of an unfinished run, where it could go on."""
+    """Finished or not, or stopped by itself; of an unfinished run, where it could go on."""
     steps = checkpoint_folders(run.path / "checkpoints") if run.state == "unfinished" else []
+    if run.manifest and run.manifest.stopped:
+        return "stopped by a guard"
     return f"{run.state} at {steps[-1].name}" if steps else run.state
 
 
@@ -513,6 +515,7 @@ def _facts(made: Manifest) -> dict[str, str]:
         "special ids": f"pad {tokenizer.pad_id} eos {tokenizer.eos_id} bos {tokenizer.bos_id}",
         "method": _method_text(made),
         "model/ holds": made.model_is,
+        **({"stopped by a guard": made.stopped} if made.stopped else {}),
         "golden": " ".join(f"{key}={value}" for key, value in made.golden.items()) or "none",
         "environment": (
             f"seed {environment.seed}, {environment.world_size} x {environment.device}, "

@@ -262,6 +262,7 @@ class PPOConfig:
     critic_learning_rate: float = 1e-5
     warmup: float = 0.0  # share of all optimizer steps
     schedule: str = "linear"  # to zero at the last step [N+]
+    critic_schedule: str | None = None  # null: as schedule
     max_grad_norm: float = 1.0
     kl_coef: float = 0.05  # on the per-token k1 estimate, taken off the reward [N+]
     kl_in: str = "reward"  # or loss: a term of the policy's loss instead
@@ -279,15 +280,17 @@ class PPOConfig:
     dual_clip: float | None = None  # ratio at which a bad token stops (Ye et al. 2020: 3)
     entropy_coef: float = 0.0  # bonus per nat of the policy's entropy
     critic_warmup: int = 0  # steps in which the critic learns alone
-    cliprange_value: float = 0.2  # [N+]
+    cliprange_value: float | None = 0.2  # [N+]; null: no clip
     vf_coef: float = 0.1  # [N+]
     whiten_advantages: bool = True  # to mean 0 and variance 1, over all processes [N+]
     missing_eos_penalty: float = 1.0  # taken off the score of an answer cut at the limit
     overlong_buffer: int = 0  # tokens before the limit over which a penalty grows (DAPO); 0: none
     overlong_penalty: float = 1.0  # at the limit, in units of the score
+    ptx_coef: float = 0.0  # weight of the SFT loss mixed into the policy's (PPO-ptx [InstructGPT])
+    ptx_data: str | None = None  # SFT rows for it, as data.path; null: those of the SFT run
     eval_every: int = 10  # steps; the best of these checkpoints is published
     save_every: int = 10  # steps; what an interrupted run loses at most
-    kl_budget: float | None = None  # nats per held-out answer; a step beyond it is never the best
+    kl_budget: float | None = None  # nats per answer; beyond it training stops, and no step is best
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "micro_batch_size", "epochs", "minibatches")
@@ -297,16 +300,15 @@ class PPOConfig:
             _above("ppo.kl_budget", self.kl_budget, 0, "Use null for no limit.")
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
             _above(f"ppo.{name}", getattr(self, name), 0, "Nothing would be learnt.")
-        for name in ("cliprange", "cliprange_value"):
-            _above(f"ppo.{name}", getattr(self, name), 0, "0.2 is usual.")
+        _above("ppo.cliprange", self.cliprange, 0, "0.2 is usual.")
         for name in ("gamma", "lam"):
             _between(f"ppo.{name}", getattr(self, name), 0, 1, "It discounts the future.")
         off = ("kl_coef", "vf_coef", "missing_eos_penalty", "overlong_penalty", "overlong_buffer")
-        for name in (*off, "entropy_coef", "critic_warmup"):
+        for name in (*off, "entropy_coef", "critic_warmup", "ptx_coef"):
             _between(f"ppo.{name}", getattr(self, name), 0, math.inf, "0 switches it off.")
         _one_of("ppo.kl_in", self.kl_in, ("reward", "loss"))
         _one_of("ppo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        for name in ("kl_target", "score_clip", "cliprange_high"):
+        for name in ("kl_target", "score_clip", "cliprange_high", "cliprange_value"):
             if getattr(self, name) is not None:
                 _above(f"ppo.{name}", getattr(self, name), 0, "Use null to switch it off.")
         _above("ppo.kl_horizon", self.kl_horizon, 0.2 * self.batch_size, "10000 is usual.")
@@ -317,8 +319,20 @@ class PPOConfig:
                 f"ppo.kl_target={self.kl_target} with ppo.kl_coef=0: a coefficient of 0 is never "
                 "steered anywhere. Set ppo.kl_coef to where it should start."
             )
-        _one_of("ppo.schedule", self.schedule, ("constant", "linear", "cosine"))
+        for name in ("schedule", "critic_schedule"):
+            if (chosen := getattr(self, name)) is not None:
+                _one_of(f"ppo.{name}", chosen, ("constant", "linear", "cosine"))
         _between("ppo.warmup", self.warmup, 0, 1, "It is a share of all optimizer steps.")
+        if self.critic_warmup >= self.steps:
+            raise ConfigError(
+                f"ppo.critic_warmup={self.critic_warmup} with ppo.steps={self.steps}: the policy "
+                "would never learn. The warm-up is part of the steps: choose fewer."
+            )
+        if self.ptx_data is not None and self.ptx_coef == 0:
+            raise ConfigError(
+                f"ppo.ptx_data={self.ptx_data} with ppo.ptx_coef=0: those rows would not be used. "
+                "Set ppo.ptx_coef, or leave ppo.ptx_data out."
+            )
         if self.batch_size % self.minibatches:
             raise ConfigError(
                 f"ppo.batch_size={self.batch_size} cannot be split into "
@@ -330,6 +344,39 @@ class PPOConfig:
             self.micro_batch_size,
             "batch_size / ppo.minibatches",
         )
+
+
+@dataclass
+class StopConfig:
+    """When PPO is stopped by itself: exit code 3, the best checkpoint published, a dump written.
+
+    What is not a number stops a run at once, whatever is set here; ppo.kl_budget is a rule of this
+    kind too. Each rule compares with step 1, where the policy is the SFT model; null switches it
+    off. The defaults catch what cannot be meant: no paper has numbers for them.
+    """
+
+    patience: int = 3  # steps in a row that must look so
+    ratio: float | None = (
+        10.0  # usual factor between a token's probability after and before updates
+    )
+    score_drop: float | None = (
+        3.0  # below the SFT answers' mean score, in their standard deviations
+    )
+    eos_drop: float | None = 0.5  # share of the answers that ended in step 1 and no longer do
+    length_drop: float | None = 0.8  # share of the answers' length that is lost
+
+    def __post_init__(self) -> None:
+        _above("stop.patience", self.patience, 0, "It counts steps.")
+        if self.ratio is not None:
+            _above("stop.ratio", self.ratio, 1, "It is a factor; null switches the rule off.")
+        if self.score_drop is not None:
+            _above("stop.score_drop", self.score_drop, 0, "Null switches the rule off.")
+        for name in ("eos_drop", "length_drop"):
+            if (value := getattr(self, name)) is not None and not 0 < value < 1:
+                raise ConfigError(
+                    f"stop.{name}={value}: must lie in (0, 1). It is the share that is lost; null "
+                    "switches the rule off."
+                )
 
 
 ENSEMBLES = ("mean", "min", "lower")
@@ -531,6 +578,7 @@ class PPOStage(StageConfig):
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = MISSING  # where none is chosen: the reward model of rm_from
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

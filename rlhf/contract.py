@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf import parts
-from rlhf.config import PPOStage
+from rlhf.config import MethodConfig, PPOStage
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.methods.table import METHODS
 from rlhf.ranks import is_main
@@ -47,6 +47,54 @@ def parent(registry: Registry, setting: str, reference: str) -> Published:
             f"{run.model_dir}, or make the run again with overwrite=true."
         )
     return run
+
+
+def ppo_parents(registry: Registry, cfg: PPOStage) -> tuple[Published, list[Published]]:
+    """The SFT run and the reward models of PPO, which fit together.
+
+    Raises:
+        ConfigError, RegistryError: they do not, or cannot share a backbone where that is asked for.
+    """
+    sft = parent(registry, "policy_from", cfg.policy_from)
+    rms = [parent(registry, "rm_from", name) for name in cfg.reward.references]
+    for rm in rms:
+        check_pair(sft, rm, cfg)
+    check_sharing(sft, rms[0] if rms else None, cfg.method, cfg.share_backbone)
+    return sft, rms
+
+
+def check_sharing(
+    sft: Published, rm: Published | None, method: MethodConfig, share_backbone: bool | None
+) -> bool:
+    """Whether the roles of PPO go on one frozen backbone.
+
+    Raises:
+        ConfigError: share_backbone=true, and they cannot.
+    """
+    reason = why_apart(sft, rm, method)
+    if share_backbone and reason is not None:
+        raise ConfigError(
+            f"share_backbone=true: {reason}. Use share_backbone=null, or false: a model for each "
+            "role."
+        )
+    return share_backbone is not False and reason is None
+
+
+def why_apart(sft: Published, rm: Published | None, method: MethodConfig) -> str | None:
+    """Why the roles cannot share one frozen backbone; None where they can."""
+    if not METHODS[method.name].adapter:
+        return f"method={method.name} trains the backbone itself"
+    if rm is None:
+        return "there is no reward model, with whose adapter the critic would go on"
+    if not is_adapter_on(sft, rm):
+        return f"{rm.reference} is not an adapter on {sft.reference}, but another model"
+    return None
+
+
+def is_adapter_on(sft: Published, rm: Published) -> bool:
+    """Whether the reward model was trained as an adapter on this very SFT model."""
+    trained_on = [parent.digest for parent in rm.manifest.parents if parent.role == "policy"]
+    return trained_on == [sft.digest] and (rm.model_dir / "adapter").is_dir()
 
 
 def check_pair(policy: Published, reward_model: Published, cfg: PPOStage) -> None:

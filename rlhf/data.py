@@ -16,16 +16,17 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import ColumnsConfig, DataConfig
+from rlhf.config import ColumnsConfig, DataConfig, PPOStage
 from rlhf.errors import ConfigError, DataError
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+Row = dict[str, Any]  # of the data, with every column it had
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -75,6 +76,37 @@ def load(stage: str, cfg: DataConfig) -> dict[str, Split]:
         if not splits[name].rows:
             raise DataError(f"data.path={cfg.path}: no usable row for {name}.")
     return splits
+
+
+def demonstrations(cfg: PPOStage, parent: Mapping[str, Any]) -> dict[str, Split]:
+    """{"ptx": rows of SFT for PPO-ptx}; {} where `ppo.ptx_coef` is 0.
+
+    Args:
+        cfg: the stage's settings; without `ppo.ptx_data` the rows that the SFT run was trained on.
+        parent: the settings of the run that the policy comes from, flat.
+
+    Raises:
+        ConfigError: no rows are named, and the parent names none.
+        DataError: there are none at that path, or they cannot be used.
+    """
+    if cfg.ppo.ptx_coef == 0:
+        return {}
+    path, columns = cfg.ppo.ptx_data, cfg.data.columns
+    if path is None and parent.get("stage") == "sft" and parent.get("data.path"):
+        path = str(parent["data.path"])
+        names = {f.name: parent.get(f"data.columns.{f.name}") for f in fields(ColumnsConfig)}
+        columns = ColumnsConfig(**{name: value for name, value in names.items() if value})
+    if path is None:
+        raise ConfigError(
+            f"ppo.ptx_coef={cfg.ppo.ptx_coef:g}: {cfg.policy_from} does not tell which rows it was "
+            "fine-tuned on. Name them: ppo.ptx_data=PATH."
+        )
+    own = replace(cfg.data, path=path, columns=columns, max_rows=None)
+    try:
+        split = load("sft", own)["train"]
+    except DataError as error:
+        raise DataError(f"ppo.ptx_data={path}: {error}") from error
+    return {"ptx": replace(split, name="ptx")}
 
 
 def _files(path: Path) -> dict[str, Path]:

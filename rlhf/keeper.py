@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf import engine, interrupts, ranks
 from rlhf.console import Console, Pace
-from rlhf.errors import RegistryError
+from rlhf.errors import RegistryError, StoppedByGuard
 from rlhf.manifest import step_name
 from rlhf.run import Run
 from rlhf.tracking import Tracker
@@ -41,6 +41,7 @@ class Keeper:
         best: {"step", "value"} of the best held-out value so far, or None.
         tracker: whose lines are counted, once there is one.
         stopping: some process was asked to stop; the checkpoint of this step is the last.
+        stopped: why a guard ended it early, where the best checkpoint is published all the same.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Keeper:
         self._run, self._dir, self._console = run, checkpoints_dir, console
         self._stage, self._every, self._keep, self._seconds = stage, every, keep, seconds
         self.stopping = False
+        self.stopped: str | None = None
         self._improved = False
         self._held = interrupts.Held()
         self._pace: Pace | None = None
@@ -101,12 +103,23 @@ class Keeper:
     def working(self) -> Iterator[None]:
         """Show progress, and hold Ctrl-C and SIGTERM back to the end of a step.
 
+        A guard that stops training ends the block quietly where there is a best checkpoint, which
+        can be published.
+
         Raises:
             KeyboardInterrupt, Terminated: asked to stop, after the checkpoint.
+            StoppedByGuard: a guard stopped it before there was a best checkpoint.
         """
         progress = self._console.progress(self._stage, self.total, done=self.step)
-        with interrupts.held() as self._held, progress as self._pace:
-            yield
+        try:
+            with interrupts.held() as self._held, progress as self._pace:
+                yield
+        except StoppedByGuard as error:
+            if self.best is None:
+                raise
+            self.stopped = str(error)
+            at = step_name(self.best["step"])
+            self._console.note(f"[{self._stage}] stopped by a guard: publishing the best, {at}")
         if self.stopping:
             interrupts.raise_for(self._held.asked or signal.SIGTERM)  # asked on another process
 
@@ -174,7 +187,8 @@ class Keeper:
 
     def best_folder(self) -> Path | None:
         """The best checkpoint, where it is not the last step, whose weights are in memory."""
-        if self.best is None or self.best["step"] == self.step:
+        in_memory = self.stopped is None and self.step == (self.best or {}).get("step")
+        if self.best is None or in_memory:
             return None
         return self._folder(self.best["step"])
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import rlhf
 from rlhf.errors import RegistryError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 TOP_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl")  # immutable, beside all of model/
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -160,6 +160,7 @@ class Manifest:
     environment: Environment
     phases: dict[str, Phase]
     model_is: str  # what model/ holds: "best" or "last"
+    stopped: str | None  # why a run-time guard ended it early; None: it ran to its end
     files: dict[str, FileFacts]
     self_digest: str = ""
 

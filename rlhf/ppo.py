@@ -9,22 +9,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlhf import engine, losses, models, returns
+from rlhf import engine, losses, models, ptx, returns
 from rlhf.config import EngineConfig, PPOConfig, PPOStage, SamplingConfig
 from rlhf.controllers import AdaptiveKL, FixedKL
+from rlhf.data import Row
 from rlhf.engine import Engine
 from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.masking import masked_mean, masked_whiten
 from rlhf.ranks import is_main, world_size
-from rlhf.rewards import Rewards, Row, Verdict, last_turn
+from rlhf.rewards import Rewards, Verdict, last_turn
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, mix, restrict
 from rlhf.text import Renderer
@@ -40,7 +40,7 @@ class Batch:
         old_logprobs: [B, R] nats, of the sampled tokens when they were sampled.
         ended: [B] bool, ended by EOS.
         floors: [B, R] nats, what top-k and top-p ruled out; see `rollout.restrict`.
-        ref_logprobs: [B, R] nats, under the frozen reference.
+        ref_logprobs: [B, R] nats, under the frozen reference, over all tokens.
         old_values: [B, R] the critic's estimate before each token is emitted.
         scores: [B] what the answers are worth, penalties included.
         kl: [B, R] nats, per-token k1 estimate of KL(policy, reference).
@@ -121,23 +121,26 @@ def engines(
             f"{per_prompt} times {world_size()} processes: the answers to one prompt stay on one "
             "process. Change one of them."
         )
-    factor = engine.learning_rate_factor(
-        cfg.schedule, warmup=cfg.warmup, total=cfg.steps * cfg.epochs * cfg.minibatches
-    )
 
-    def make(module: nn.Module, learning_rate: float) -> Engine:
+    def make(module: nn.Module, learning_rate: float, schedule: str, steps: int) -> Engine:
         return Engine(
             module,
             engine_cfg,
             learning_rate=learning_rate,
-            factor=factor,
+            factor=engine.learning_rate_factor(
+                schedule, warmup=cfg.warmup, total=steps * cfg.epochs * cfg.minibatches
+            ),
             micro_batch_size=cfg.micro_batch_size,
             accumulation=minibatch // per_pass,
             max_grad_norm=cfg.max_grad_norm,
         )
 
-    made = make(policy, cfg.learning_rate)
-    return made, None if critic is None else make(critic, cfg.critic_learning_rate)
+    if critic is None:
+        return make(policy, cfg.learning_rate, cfg.schedule, cfg.steps), None
+    return (
+        make(policy, cfg.learning_rate, cfg.schedule, cfg.steps - cfg.critic_warmup),
+        make(critic, cfg.critic_learning_rate, cfg.critic_schedule or cfg.schedule, cfg.steps),
+    )
 
 
 def save(policy: Engine, critic: Engine | None, folder: Path) -> None:
@@ -218,6 +221,9 @@ def judge(
 ) -> Batch:
     """What reference and critic say of a rollout, beside its scores.
 
+    KL compares policy and reference over all tokens, whatever top-k or top-p rules out: over the
+    few tokens that a sharp policy may still draw, the two would agree, and sharpness cost nothing.
+
     Scores are shaped first (`returns.shape_scores`), then penalties are taken off: one for an
     answer that was cut at the limit (`ppo.missing_eos_penalty`; Huang et al. 2024, detail 5.4:
     answers should end), one that grows towards the limit (`ppo.overlong_penalty`).
@@ -250,7 +256,7 @@ def judge(
         (slice(n, n + size), batch.rows(slice(n, n + size))) for n in range(0, len(batch), size)
     ]
     for rows, part in parts:  # role by role, since roles may share a backbone
-        found = logprobs(roles.reference, part, cfg.sampling)
+        found = logprobs(roles.reference, part, cfg.sampling, restricted=False)
         batch.ref_logprobs[rows, : found.shape[1]] = found
     if roles.critic is not None:
         for rows, part in parts:
@@ -259,15 +265,22 @@ def judge(
     batch.scores = returns.shape_scores(
         batch.scores, bias=bias, scale=scale, clip=cfg.ppo.score_clip
     )
-    batch.scores -= cfg.ppo.missing_eos_penalty * (~batch.ended)
+    penalised = batch.scores - cfg.ppo.missing_eos_penalty
+    batch.scores = torch.where(batch.ended, batch.scores, penalised)
     if cfg.ppo.overlong_buffer:
         batch.scores += returns.overlong_penalty(
-            batch.response_mask.sum(1),
+            batch.response_mask.sum(1).to(batch.scores.dtype),
             limit=cfg.sampling.max_new_tokens,
             buffer=cfg.ppo.overlong_buffer,
             penalty=cfg.ppo.overlong_penalty,
         )
-    kl = losses.kl_estimate(batch.old_logprobs, batch.ref_logprobs, estimator="k1")
+    own = batch.old_logprobs
+    if cfg.sampling.truncates:  # then they are of other tokens than the reference's
+        own = like.clone()
+        for rows, part in parts:
+            found = logprobs(roles.policy, part, cfg.sampling, restricted=False)
+            own[rows, : found.shape[1]] = found
+    kl = losses.kl_estimate(own, batch.ref_logprobs, estimator="k1")
     batch.kl = torch.where(batch.response_mask, kl, 0.0)
     return batch
 
@@ -282,20 +295,25 @@ def standard_scores(scores: list[float], cfg: PPOConfig) -> dict[str, float]:
     }
 
 
-def logprobs(model: nn.Module, batch: Batch, cfg: SamplingConfig) -> Tensor:
-    """[B, R] nats, of each response token as it would be sampled; 0 on padding.
+def logprobs(
+    model: nn.Module, batch: Batch, cfg: SamplingConfig, *, restricted: bool = True
+) -> Tensor:
+    """[B, R] nats, of each response token; 0 on padding.
 
-    That is softmax(logits / temperature) without the tokens that top-k or top-p ruled out.
+    Restricted: as the policy samples it, that is softmax(logits / temperature) without the tokens
+    that top-k or top-p ruled out. Not restricted: over all tokens, as KL compares them.
     """
-    out = losses.logprobs_of(sampled_logits(model, batch, cfg), batch.responses)
+    logits = temperate_logits(model, batch, cfg)
+    if restricted and cfg.truncates:
+        logits = restrict(logits, batch.responses, batch.floors)
+    out = losses.logprobs_of(logits, batch.responses)
     return torch.where(batch.response_mask, out, 0.0)
 
 
-def sampled_logits(model: nn.Module, batch: Batch, cfg: SamplingConfig) -> Tensor:
-    """[B, R, V], of the distribution that is sampled: temperature, top-k and top-p applied."""
+def temperate_logits(model: nn.Module, batch: Batch, cfg: SamplingConfig) -> Tensor:
+    """[B, R, V], of all tokens, temperature applied."""
     logits = models.response_logits(model, batch.ids, batch.mask, batch.responses.shape[1])
-    logits = logits / cfg.temperature
-    return restrict(logits, batch.responses, batch.floors) if cfg.truncates else logits
+    return logits / cfg.temperature
 
 
 def values(critic: nn.Module, batch: Batch) -> Tensor:
@@ -367,6 +385,8 @@ def _describe(batch: Batch, targets: Tensor, kl_coef: float, *, critic: bool) ->
         return float(engine.sum_over_ranks(torch.where(mask, x, 0).double().sum()) / tokens)
 
     kl, score = mean_row(batch.kl.sum(1)), mean_row(batch.scores)
+    score_std = mean_row((batch.scores.double() - score) ** 2) ** 0.5
+    largest = float(batch.kl.abs().max())
     mean_return = mean_token(targets)
     unexplained = targets - batch.old_values
     mean_unexplained = mean_token(unexplained)
@@ -374,9 +394,10 @@ def _describe(batch: Batch, targets: Tensor, kl_coef: float, *, critic: bool) ->
     explained = 1.0 - mean_token((unexplained - mean_unexplained) ** 2) / max(variance, 1e-12)
     return {
         "objective/kl": kl,
-        "objective/kl_max": max(engine.gather_objects(float(batch.kl.abs().max()))),
+        "objective/kl_max": float(torch.tensor(engine.gather_objects(largest)).max()),  # nan stays
         "objective/kl_coef": kl_coef,
         "objective/scores": score,
+        "objective/scores_std": score_std,
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": score - kl_coef * kl,
         "objective/entropy": -mean_token(batch.old_logprobs),
@@ -411,14 +432,20 @@ def update(
     *,
     step: int,
     kl_coef: float | None = None,
+    demonstrations: ptx.Demonstrations | None = None,
 ) -> dict[str, float]:
     """`epochs` passes of `minibatches` optimizer steps each, over all processes together.
 
     In the first `ppo.critic_warmup` steps the policy stands still. `kl_coef` is that of this step
-    (`ppo.kl_coef` without it) and matters here where KL is a term of the loss.
+    (`ppo.kl_coef` without it) and matters here where KL is a term of the loss. `demonstrations`
+    are what `ppo.ptx_coef` mixes in: as many rows per optimizer step as there are answers.
 
     Returns:
-        Losses and statistics, each a mean over the step's updates.
+        Losses and statistics, each a mean over the step's updates; learning rates as they were
+        at the first of them.
+
+    Raises:
+        StoppedByGuard: one of them is not finite.
     """
     device = batch.prompts.device
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
@@ -426,22 +453,29 @@ def update(
     generator = torch.Generator().manual_seed(mix(mix(cfg.seed) - step) & (2**63 - 1))
     kl_coef = cfg.ppo.kl_coef if kl_coef is None else kl_coef
     warming_up = critic is not None and step <= cfg.ppo.critic_warmup
-    trained: list[tuple[str, Engine, Callable[..., dict[str, Tensor]]]] = []
-    if not warming_up:
-        trained.append(("policy", policy, partial(_train_policy, kl_coef=kl_coef)))
+    trained: dict[str, Engine] = {} if warming_up else {"policy": policy}
     if critic is not None:
-        trained.append(("val", critic, _train_critic))
-    for _, model, _ in trained:
+        trained["val"] = critic
+    for model in trained.values():
         model.module.train()
+    rates = {f"{name}/learning_rate": model.learning_rate for name, model in trained.items()}
     size = len(batch) // cfg.ppo.minibatches
+    turns = itertools.count((step - 1) * cfg.ppo.epochs * cfg.ppo.minibatches + 1)
     for _ in range(cfg.ppo.epochs):
         order = torch.randperm(len(batch), generator=generator).to(device)
         for start in range(0, len(batch), size):
-            minibatch = batch.rows(order[start : start + size])
+            minibatch, turn = batch.rows(order[start : start + size]), next(turns)
             count = engine.sum_over_ranks(minibatch.response_mask.sum())
-            for name, model, train in trained:
+            for name, model in trained.items():
+                shown: Iterator[ptx.Shown | None] = itertools.repeat(None)
+                if demonstrations is not None and name == "policy":
+                    shown = demonstrations.parts(turn, size)
                 for micro in minibatch.micro(cfg.ppo.micro_batch_size):
-                    for stat, value in train(model, micro, count, cfg).items():
+                    if name == "policy":
+                        found = _train_policy(model, micro, count, cfg, kl_coef, next(shown))
+                    else:
+                        found = _train_critic(model, micro, count, cfg)
+                    for stat, value in found.items():
                         totals[stat] = totals[stat] + value.detach()
                 if (norm := model.grad_norm) is not None:
                     norms[f"{name}/grad_norm"].append(norm)
@@ -453,14 +487,21 @@ def update(
                 f"{name} became {mean} in this update. The policy diverged: lower "
                 "ppo.learning_rate or ppo.critic_learning_rate, or raise ppo.kl_coef."
             )
-    return stats | {name: sum(found) / len(found) for name, found in norms.items()}
+    return stats | rates | {name: sum(found) / len(found) for name, found in norms.items()}
 
 
 def _train_policy(
-    policy: Engine, micro: Batch, count: Tensor, cfg: PPOStage, *, kl_coef: float
+    policy: Engine,
+    micro: Batch,
+    count: Tensor,
+    cfg: PPOStage,
+    kl_coef: float,
+    shown: ptx.Shown | None,
 ) -> dict[str, Tensor]:
     """One micro-batch through the policy; each statistic is its part of the minibatch mean."""
-    logits = sampled_logits(policy.module, micro, cfg.sampling)
+    everything = logits = temperate_logits(policy.module, micro, cfg.sampling)
+    if cfg.sampling.truncates:
+        logits = restrict(everything, micro.responses, micro.floors)
     mask = micro.response_mask
     new_logprobs = torch.where(mask, losses.logprobs_of(logits, micro.responses), 0.0)
     loss, stats = losses.ppo_policy_loss(
@@ -475,8 +516,11 @@ def _train_policy(
     )
     stats = {"loss/policy": loss, **stats}
     if cfg.ppo.kl_in == "loss":
+        plain = new_logprobs
+        if cfg.sampling.truncates:
+            plain = losses.logprobs_of(everything, micro.responses)
         kl, more = losses.kl_loss(
-            new_logprobs,
+            plain,
             micro.ref_logprobs,
             mask,
             estimator=cfg.ppo.kl_estimator,
@@ -486,6 +530,9 @@ def _train_policy(
     if cfg.ppo.entropy_coef:
         entropy = masked_mean(losses.entropy_of(logits), mask, count=count)
         loss, stats = loss - cfg.ppo.entropy_coef * entropy, stats | {"policy/entropy": entropy}
+    if shown is not None:
+        imitation = ptx.loss(policy.module, shown)
+        loss, stats = loss + cfg.ppo.ptx_coef * imitation, stats | {"loss/ptx": imitation}
     policy.backward(loss)
     policy.step()
     return stats
@@ -498,62 +545,12 @@ def _train_critic(critic: Engine, micro: Batch, count: Tensor, cfg: PPOStage) ->
         micro.old_values,
         micro.returns,
         micro.response_mask,
-        cliprange_value=cfg.ppo.cliprange_value,
+        cliprange_value=math.inf if cfg.ppo.cliprange_value is None else cfg.ppo.cliprange_value,
         count=count,
     )
     critic.backward(cfg.ppo.vf_coef * loss)
     critic.step()
     return {"loss/value": loss, **stats}
-
-
-# ---------------------------------------------------------------- proofs at run time
-
-TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.05, 0.05)}  # nats, |ratio - 1|
-
-
-@torch.no_grad()
-def prove_start(roles: Roles, batch: Batch, cfg: PPOStage) -> str:
-    """Before the first update: the policy is the reference, and training sees what was sampled.
-
-    Policy and reference are held against each other in a training pass at other padding and
-    another micro-batch size than everything before; so are that pass and the log-probabilities of
-    the sampler (cached, whole batch). That the reference is the SFT model is proved by its golden
-    logits (`golden.check_roles`).
-
-    Returns:
-        One line with the largest |log policy - log reference| of a token, and the largest
-        |new / old - 1|.
-
-    Raises:
-        StoppedByGuard: either is beyond the tolerance for the dtype.
-    """
-    worst = torch.zeros(2)  # |log-ratio to the reference|, |ratio to what was sampled - 1|
-    training = roles.policy.training
-    roles.policy.train()  # as `update` will have it: dropout shows here
-    for micro in batch.micro(7):  # a size that divides no usual batch
-        padded = replace(
-            micro,
-            prompts=nn.functional.pad(micro.prompts, (3, 0), value=int(micro.prompts[0, -1])),
-            prompt_mask=nn.functional.pad(micro.prompt_mask, (3, 0), value=False),
-        )
-        now = logprobs(roles.policy, padded, cfg.sampling)
-        then = logprobs(roles.reference, padded, cfg.sampling)
-        found = torch.stack([now - then, (now - micro.old_logprobs).exp() - 1]).abs().amax((1, 2))
-        worst = torch.maximum(worst, found.cpu())  # which keeps a nan, as Python's max does not
-    roles.policy.train(training)
-    kl, ratio = torch.stack(engine.gather_objects(worst)).amax(0).tolist()
-    kl_limit, ratio_limit = TOLERANCE[engine.dtype(cfg.engine)]
-    if not (kl <= kl_limit and ratio <= ratio_limit):
-        raise StoppedByGuard(
-            f"before the first update the policy differs from its reference by {kl:.2e} nats on a "
-            f"token (at most {kl_limit:g}), or a training pass from what was sampled by a ratio of "
-            f"1 ± {ratio:.2e} (at most {ratio_limit:g}). PPO would learn from noise. Is the "
-            "reference the SFT model, and is dropout off?"
-        )
-    return (
-        f"before the first update: |KL(policy, reference)| <= {kl:.1e} nats on every token, "
-        f"|ratio - 1| <= {ratio:.1e}"
-    )
 
 
 def tokens(batch: Batch) -> int:

@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import RewardConfig
-from rlhf.data import Split, load_function
+from rlhf.data import Row, Split, load_function
 from rlhf.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LARGEST = (2 - 2**-23) * 2.0**127  # in fp32, beyond which a score would become inf
-
-Row = dict[str, Any]
 
 
 # ---------------------------------------------------------------- functions of the user's

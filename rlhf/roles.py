@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import engine
-from rlhf.config import EngineConfig, LoraConfig, MethodConfig
-from rlhf.errors import ConfigError
+from rlhf import contract, engine
+from rlhf.config import EngineConfig, MethodConfig, PPOStage
 from rlhf.models import (
     ADAPTER,
     Backbone,
@@ -48,6 +47,22 @@ class Roles:
     reward_model: nn.Module | None
 
 
+def load_all(
+    sft: Published, rms: Sequence[Published], tokenizer: PreTrainedTokenizerBase, cfg: PPOStage
+) -> tuple[Roles, dict[str, nn.Module]]:
+    """The roles, and every reward model by its reference, as a stage's settings ask for them."""
+    roles = load_roles(
+        sft,
+        rms[0] if rms else None,
+        tokenizer,
+        cfg.method,
+        cfg.engine,
+        share_backbone=cfg.share_backbone,
+        needs_critic=cfg.algorithm.critic,
+    )
+    return roles, load_reward_models(roles, rms, tokenizer, cfg.engine)
+
+
 def load_roles(
     sft: Published,
     rm: Published | None,
@@ -73,18 +88,13 @@ def load_roles(
         ConfigError: it is asked for and cannot be.
     """
     dtype, device = engine.dtype(engine_cfg), engine.device()
-    reason = _why_apart(sft, rm, method)
-    if share_backbone and reason is not None:
-        raise ConfigError(
-            f"share_backbone=true: {reason}. Use share_backbone=null, or false: a model for each "
-            "role."
-        )
+    share = contract.check_sharing(sft, rm, method, share_backbone)
     policy = trainable(load_parent(load_causal, sft, tokenizer, dtype), method)
-    if share_backbone is not False and reason is None and rm is not None:
+    if share and rm is not None:
         adapter = _Adapter(rm.model_dir / "adapter")
         return _on_one_backbone(policy.to(device), adapter, needs_critic=needs_critic)
     critic: nn.Module | None = None
-    if needs_critic and rm is not None and _own_adapter(sft, rm):
+    if needs_critic and rm is not None and contract.is_adapter_on(sft, rm):
         start = load_parent(load_scalar, sft, tokenizer, dtype)
         critic = _Adapter(rm.model_dir / "adapter").on(start)
     elif needs_critic:
@@ -115,23 +125,6 @@ def _frozen(
 ) -> nn.Module:
     model = load_parent(load_scalar, rm, tokenizer, engine.dtype(engine_cfg))
     return freeze(model).to(engine.device())
-
-
-def _why_apart(sft: Published, rm: Published | None, method: MethodConfig) -> str | None:
-    """Why the roles cannot share a backbone; None where they can."""
-    if not isinstance(method, LoraConfig):
-        return f"method={method.name} trains the backbone itself"
-    if rm is None:
-        return "there is no reward model, with whose adapter the critic would go on"
-    if not _own_adapter(sft, rm):
-        return f"{rm.reference} is not an adapter on {sft.reference}, but another model"
-    return None
-
-
-def _own_adapter(sft: Published, rm: Published) -> bool:
-    """Whether the reward model was trained as an adapter on this very SFT model."""
-    trained_on = [parent.digest for parent in rm.manifest.parents if parent.role == "policy"]
-    return trained_on == [sft.digest] and (rm.model_dir / "adapter").is_dir()
 
 
 class _Adapter:

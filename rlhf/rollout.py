@@ -239,9 +239,10 @@ def restrict(logits: Tensor, tokens: Tensor, floors: Tensor) -> Tensor:
 
     At the weights that sampled, these are the tokens that top-k and top-p ruled out. The token
     that was drawn stays possible as the weights move, so that its probability never becomes 0.
+    Floors mean something for the policy alone.
 
     Args:
-        logits: [B, R, V], temperature applied.
+        logits: [B, R, V] of the policy, temperature applied.
         tokens: [B, R] the sampled tokens.
         floors: [B, R] as the sampler found them.
 

@@ -67,7 +67,13 @@ from rlhf.registry import (
 # Settings that cannot change results: they name folders, people and screens (first parts), or when
 # and where something is written or read. Data are compared by fingerprint, wherever they lie.
 NO_RESULT = {"run", "run_name", "runs_dir", "overwrite", "tracking", "keep_checkpoints"}
-NO_RESULT |= {"data.path", "evaluation.samples", "train.save_every", "ppo.save_every"}
+NO_RESULT |= {
+    "data.path",
+    "ppo.ptx_data",
+    "evaluation.samples",
+    "train.save_every",
+    "ppo.save_every",
+}
 
 NO_SPACE = os.strerror(errno.ENOSPC)
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
@@ -306,6 +312,7 @@ class Run:
         environment: Mapping[str, Any],
         phases: Mapping[str, Mapping[str, Any]],
         model_is: str = "last",
+        stopped: str | None = None,
     ) -> Manifest:
         """Finish the run: hash every immutable file, then write manifest.json, last and atomically.
 
@@ -317,6 +324,7 @@ class Run:
                 when absent; what else is there is kept as `other`.
             phases: name -> seconds, peak_memory_gb.
             model_is: "best" or "last", what model/ holds.
+            stopped: why a run-time guard ended it early, where one did.
 
         Raises:
             RegistryError: a fact is missing, a file may not be published, or the disk refuses.
@@ -350,6 +358,7 @@ class Run:
                 environment=Environment.of(environment),
                 phases={name: Phase(**plain(phase)) for name, phase in phases.items()},
                 model_is=model_is,
+                stopped=stopped,
                 files=files,
             )
             text = seal(manifest)
@@ -533,7 +542,8 @@ class Run:
                 shutil.rmtree(gone)
 
     def _remove_if_nothing_was_written(self) -> None:
-        written = [self.path / name for name in list_files(self.path) if name != "config.yaml"]
+        ours = ("config.yaml", "log.txt")
+        written = [self.path / name for name in list_files(self.path) if name not in ours]
         if any(path.lstat().st_size for path in written):
             return
         shutil.rmtree(self.path, ignore_errors=True)

@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from rlhf import config, ranks
 from rlhf.console import Console
 from rlhf.data import Split
-from rlhf.manifest import MANIFEST, BaseModel, DataFacts, TokenizerFacts
+from rlhf.errors import StoppedByGuard
+from rlhf.manifest import MANIFEST, BaseModel, DataFacts, TokenizerFacts, now
 from rlhf.registry import Published, Registry
 from rlhf.run import Run, open_run
 from rlhf.tracking import METRICS, Tracker
@@ -57,13 +58,23 @@ class Session:
         return self._state == "finished"
 
     @property
+    def stopped(self) -> str | None:
+        """Why a run-time guard ended training early, now or when the run was finished."""
+        if self._run is not None and self._run.published is not None:
+            return self._run.published.manifest.stopped
+        return self._keeper.stopped if self._keeper is not None else None
+
+    @property
     def model_dir(self) -> Path:
         """Where what others load is written."""
         return self.path / "model"
 
     def note(self, text: str) -> None:
-        """A line on the console."""
+        """A line on the console, and in log.txt."""
         self.console.note(f"[{self.cfg.stage}] {text}")
+        if self._run is not None and not self.finished:
+            with self._run.log_path.open("a", encoding="utf-8") as log:
+                log.write(f"{now()} {text}\n")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -231,6 +242,7 @@ class Session:
             },
             phases=self.phases,
             model_is=self._keeper.model_is if self._keeper is not None else "last",
+            stopped=self.stopped,
         )
         cost = f"{total:.0f} s, peak memory {peak_memory_gb():.2f} GB"
         title = f"{self.cfg.stage}/{self.cfg.run_name}"
@@ -247,7 +259,18 @@ def open_session(
 
     Raises:
         RegistryError: finished with another config, in use, damaged, or the disk refuses.
+        StoppedByGuard: a guard ended training early, and what was best is published.
     """
+    with _open(cfg, splits, parents or {}) as session:
+        yield session
+    if session.stopped is not None:
+        raise StoppedByGuard(session.stopped)
+
+
+@contextlib.contextmanager
+def _open(
+    cfg: config.StageConfig, splits: dict[str, Split], parents: dict[str, Published]
+) -> Iterator[Session]:
     console = Console(quiet=not ranks.is_main())
     if not ranks.is_main():
         session = Session(cfg, None, console)
@@ -261,7 +284,7 @@ def open_session(
         cfg.stage,
         cfg.run_name,
         dataclasses.asdict(cfg),
-        parents or {},
+        parents,
         data={name: split.fingerprint for name, split in splits.items()},
         config_text=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
         overwrite=cfg.overwrite,

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,14 @@ def load_parent_tokenizer(
         "stages of a line must read the same text. Leave template out to inherit it, or train "
         f"the SFT run with template={template.name}."
     )
+
+
+def renderers(
+    sft: Published, rms: Sequence[Published], template: TemplateConfig
+) -> tuple[Renderer, dict[str, Renderer]]:
+    """The policy's renderer, and reference -> that of each reward model with its own tokenizer."""
+    readers = {rm.reference: Renderer(load_parent_tokenizer(rm, template=template)) for rm in rms}
+    return Renderer(load_parent_tokenizer(sft, template=template)), readers
 
 
 def published_facts(model_dir: Path) -> dict[str, Any]:

@@ -14,49 +14,36 @@ from rlhf.session import open_session
 @stage("ppo")
 def main(cfg: config.PPOStage) -> None:
     functions = rewards.load_functions(cfg.reward)
-    registry = Registry(cfg.runs_dir)
-    sft = contract.parent(registry, "policy_from", cfg.policy_from)
-    rms = [contract.parent(registry, "rm_from", name) for name in cfg.reward.references]
-    for rm in rms:
-        contract.check_pair(sft, rm, cfg)
+    sft, rms = contract.ppo_parents(Registry(cfg.runs_dir), cfg)
     splits = data.load("ppo", cfg.data)
+    shown = data.demonstrations(cfg, sft.manifest.config)
     gold = data.gold_function(cfg.data)
     rewards.rehearse(functions, splits["train"].rows[:1])
-    parents = {"policy": sft} | contract.reward_roles(rms)
-    used = splits | rewards.as_data(functions)
-    with open_session(cfg, used, parents) as session:
+    used = splits | shown | rewards.as_data(functions)
+    with open_session(cfg, used, {"policy": sft} | contract.reward_roles(rms)) as session:
         if session.finished:
             return
-        from rlhf import engine, evaluate, golden, models, ppo, rollout, text
-        from rlhf.roles import load_reward_models, load_roles
+        from rlhf import engine, evaluate, golden, models, monitor, ppo, proofs, ptx, rollout, text
+        from rlhf.roles import load_all
 
         with session.phase("load"):
             engine.start(cfg.seed)
-            renderer = text.Renderer(text.load_parent_tokenizer(sft, template=cfg.template))
-            for rm in rms:
-                text.load_parent_tokenizer(rm, template=cfg.template)  # still its own: the same
+            renderer, readers = text.renderers(sft, rms, cfg.template)
             prompts = {name: renderer.prompts(split, cfg.data) for name, split in splits.items()}
+            train = splits["train"].rows
+            session.note(proofs.same_text(renderer, readers, train))
             longest = max(len(ids) for split in prompts.values() for ids in split)
             contract.check_positions(sft, longest + cfg.sampling.max_new_tokens)
             stream = data.PromptStream(prompts["train"], cfg.seed)
-            train = splits["train"].rows
-            roles = load_roles(
-                sft,
-                rms[0] if rms else None,
-                renderer.tokenizer,
-                cfg.method,
-                cfg.engine,
-                share_backbone=cfg.share_backbone,
-                needs_critic=cfg.algorithm.critic,
-            )
-            reward_models = load_reward_models(roles, rms, renderer.tokenizer, cfg.engine)
+            demonstrations = ptx.load(shown, renderer, cfg)
+            roles, reward_models = load_all(sft, rms, renderer.tokenizer, cfg)
             reward = rewards.Rewards(cfg.reward, functions, reward_models)
             held_out = evaluate.HeldOut(splits["validation"].rows, renderer, cfg, gold, reward)
             each = cfg.sampling.per_prompt or 1
             policy, critic = ppo.engines(
                 roles.policy, roles.critic, cfg.ppo, cfg.engine, per_prompt=each
             )
-        session.opening(splits, *models.count_parameters(roles.policy))
+        session.opening(splits | shown, *models.count_parameters(roles.policy))
         session.note(golden.check_roles(roles, reward_models, sft, rms))
 
         keeper = session.keeper(cfg.ppo.steps, cfg.ppo.save_every)
@@ -64,10 +51,12 @@ def main(cfg: config.PPOStage) -> None:
             ppo.load(policy, critic, keeper.folder)
         price = ppo.kl_controller(cfg.ppo)
         price.load(keeper.state.get("price", price.state()))
+        watch = monitor.Monitor(cfg, session.path, renderer, keeper.state.get("watch"))
         with session.tracker(keeper) as tracker:
             before = held_out.answers(roles.reference, roles)
             standard = ppo.standard_scores(before.scores, cfg.ppo)
-            with session.phase("train"), keeper.working():
+            watching = watch.explaining(roles.policy)
+            with session.phase("train"), keeper.working(), watching:
                 for step in keeper.steps(partial(ppo.save, policy, critic)):
                     with session.timed("time/rollout"):
                         asked = stream.batch(step, cfg.ppo.batch_size // each)
@@ -77,25 +66,32 @@ def main(cfg: config.PPOStage) -> None:
                         rows = rollout.share(rows, cfg)
                         verdict, spread = ppo.score(drawn, reward, rows, renderer, cfg)
                         batch = ppo.judge(drawn, verdict.scores, roles, cfg, **standard)
-                        if step == 1:
-                            session.note(ppo.prove_start(roles, batch, cfg))
                         coef = price.coef
                         batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=coef)
                         stats |= spread
+                        watch.see(batch, stats, step=step)
+                    if step == 1:
+                        stats |= proofs.start(roles, batch, cfg)
+                        session.note(proofs.in_words(stats))
+                        frozen = proofs.Frozen(roles, reward_models, batch, cfg)
                     with session.timed("time/update"):
-                        stats |= ppo.update(policy, critic, batch, cfg, step=step, kl_coef=coef)
+                        learn = partial(ppo.update, kl_coef=coef, demonstrations=demonstrations)
+                        stats |= learn(policy, critic, batch, cfg, step=step)
                         price.update(stats["objective/kl"], cfg.ppo.batch_size)
+                    if step == 1:
+                        session.note(frozen.prove())
+                    watch.check(stats, step=step)
                     if keeper.at(step, cfg.ppo.eval_every):
                         now = held_out.compare(before, held_out.answers(roles.policy, roles))
                         keeper.consider(ppo.worth(now, cfg.ppo))
                         stats |= now
                     session.log(tracker, stats, step=step, tokens=ppo.tokens(batch))
-                    keeper.state |= {"stats": stats, "price": price.state()}
+                    keeper.state |= {"stats": stats, "price": price.state(), "watch": watch.state}
             if best := keeper.best_folder():
                 models.load_trained(roles.policy, best / "model")
             after = held_out.answers(roles.policy, roles)
             metrics = keeper.state["stats"] | held_out.compare(before, after)
-            session.log_final(tracker, metrics, step=cfg.ppo.steps)
+            session.log_final(tracker, metrics, step=keeper.step)
 
         samples = held_out.samples(before, after)
         session.show_samples(samples)

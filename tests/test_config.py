@@ -91,7 +91,8 @@ REFUSED = [
         (PPOConfig, "ppo", name, 0.0, "must be a number above 0")
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm")
     ),
-    *((PPOConfig, "ppo", name, 0.0, "0.2 is usual") for name in ("cliprange", "cliprange_value")),
+    (PPOConfig, "ppo", "cliprange", 0.0, "0.2 is usual"),
+    (PPOConfig, "ppo", "cliprange_value", 0.0, "Use null to switch it off"),
     *((PPOConfig, "ppo", name, 1.1, "discounts the future") for name in ("gamma", "lam")),
     *((PPOConfig, "ppo", name, -0.1, "discounts the future") for name in ("gamma", "lam")),
     *(

@@ -684,9 +684,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {  # damage, verify 
     ),
     "manifest cut in half": (cut("manifest.json"), "not a whole JSON", "not a whole JSON"),
     "manifest of a newer schema": (
-        other_text("manifest.json", '"schema": 2', '"schema": 3'),
-        "schema: found 3, but this version of rlhf reads 2",
-        "schema: found 3",
+        other_text("manifest.json", '"schema": 3', '"schema": 4'),
+        "schema: found 4, but this version of rlhf reads 3",
+        "schema: found 4",
     ),
     "another sha256, resealed": (resealed, f"{WEIGHTS}: sha256 differs", "published: weights:"),
     "file missing": (lambda run: (run / WEIGHTS).unlink(), f"{WEIGHTS}: missing", f"{WEIGHTS}: m"),

@@ -290,7 +290,7 @@ def test_the_entropy_bonus_spreads_the_policy(make_roles):
         batch = replace(batch, advantages=torch.zeros_like(batch.advantages))
         stats, *_ = updated(roles, batch, cfg)
         with torch.no_grad():
-            logits = ppo.sampled_logits(roles.policy, batch, cfg.sampling)
+            logits = ppo.temperate_logits(roles.policy, batch, cfg.sampling)
         p = logits.softmax(-1)[batch.response_mask]
         entropies[coef] = float(-(p * p.clamp(min=1e-30).log()).sum(-1).mean())
         assert ("policy/entropy" in stats) == (coef > 0)
@@ -327,3 +327,38 @@ def test_eos_is_a_token_like_any_other_to_the_options(make_roles):
     with torch.no_grad():
         now = ppo.logprobs(roles.policy, batch, cfg.sampling)
     assert float((now - batch.old_logprobs)[ends].mean()) > 0.05
+
+
+# schedules ---------------------------------------------------------------------------------------
+
+
+def rates(make_roles, **settings):
+    """[(policy's, critic's learning rate)] at the first update of each of four steps, and after."""
+    cfg = stage(steps=4, epochs=1, minibatches=2, schedule="linear", **settings)
+    roles = make_roles()
+    batch = ready(roles, cfg)
+    policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
+    found = []
+    for step in range(1, 5):
+        stats = ppo.update(policy, critic, batch, cfg, step=step)
+        found.append((stats.get("policy/learning_rate"), stats["val/learning_rate"]))
+    return [*found, (policy.learning_rate, critic.learning_rate)]
+
+
+def test_policy_and_critic_have_schedules_of_their_own(make_roles):
+    same = [1e-3, 0.75e-3, 0.5e-3, 0.25e-3, 0.0]
+    assert rates(make_roles) == [pytest.approx((rate, rate)) for rate in same]
+    found = rates(make_roles, critic_schedule="constant", critic_learning_rate=2e-3)
+    assert found == [pytest.approx((rate, 2e-3)) for rate in same]
+
+
+def test_the_policys_schedule_leaves_out_the_steps_in_which_it_stands_still(make_roles):
+    found = rates(make_roles, critic_warmup=2)
+    assert [policy for policy, _ in found[:2]] == [None, None]
+    assert [policy for policy, _ in found[2:]] == pytest.approx([1e-3, 0.5e-3, 0.0])
+    assert [critic for _, critic in found] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3, 0.0])
+
+
+def test_a_policy_that_would_never_learn_is_refused():
+    with pytest.raises(ConfigError, match=r"ppo\.critic_warmup=5 with ppo\.steps=5: the policy"):
+        PPOConfig(steps=5, critic_warmup=5)

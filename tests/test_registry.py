@@ -529,7 +529,7 @@ def test_manifest_records_everything(registry: Registry):
         given = facts(metrics={"eval/loss": 1.25, "eval/margin": float("nan")}, model_is="best")
         given["environment"]["host_memory_gb"] = 8
         made = run.publish(**given)
-    assert (made.schema, made.reference, made.model_is) == (2, "rm/tiny", "best")
+    assert (made.schema, made.reference, made.model_is) == (3, "rm/tiny", "best")
     assert made.package_version == rlhf.__version__
     assert made.created.endswith("+00:00")
     assert made.created <= made.finished
@@ -1107,7 +1107,7 @@ def test_every_missing_or_wrongly_typed_field_is_named(registry: Registry, name:
         ("files.config.yaml", {"size": "8"}, "files.config.yaml.size: expected int, found '8'"),
         ("metrics", {"eval/loss": "low"}, "metrics.eval/loss: expected number, found 'low'"),
         ("data", [1], "data[0]: expected an object, found 1"),
-        ("surprise", 1, "surprise: no such field in schema 2"),
+        ("surprise", 1, "surprise: no such field in schema 3"),
         ("model_is", "newest", "model_is: expected best or last, found 'newest'"),
     ],
 )
@@ -1129,7 +1129,7 @@ def test_wrong_values_deep_inside_are_named(
     assert f"manifest.json: {message}" in str(caught.value)
 
 
-@pytest.mark.parametrize("schema", [1, 3, "1", True, None])
+@pytest.mark.parametrize("schema", [1, 2, 4, "3", True, None])
 def test_other_schema_is_named_before_anything_else(registry: Registry, schema: object):
     made = published(registry)
     text = json.dumps({"schema": schema, "what else": "nobody knows"})

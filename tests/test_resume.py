@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_stages import SMALL, numbers, run_stage
+from typer.testing import CliRunner
 
+from rlhf import cli
 from rlhf.config import TemplateConfig
+from rlhf.errors import RegistryError
 from rlhf.registry import Registry
 from rlhf.session import Session
 from rlhf.tracking import Tracker
@@ -268,7 +271,88 @@ def test_ppo_publishes_the_best_within_the_kl_budget(unbroken, monkeypatch):
     expected = max(allowed, key=lambda line: line["eval/score"]) if allowed else lines[-1]
     overrides = ["run_name=budget", every, f"ppo.kl_budget={budget}"]
     assert budget > 0, "pick another seed"
+    overrides.append("stop.patience=9")  # it is not to stop
     assert run(monkeypatch, unbroken, "ppo", *overrides) == 0
     manifest = Registry(unbroken).resolve("ppo/budget").manifest
     assert manifest.model_is == ("best" if allowed else "last")
     assert manifest.metrics["eval/score"] == pytest.approx(expected["eval/score"], abs=1e-4)
+
+
+# ---------------------------------------------------------------- stopped by a guard
+
+
+def cli_text(runs: Path, *arguments: str) -> str:
+    return CliRunner().invoke(cli.app, [*arguments, "--runs-dir", str(runs)]).stdout
+
+
+def test_a_stopped_run_publishes_its_best_and_says_why(unbroken, monkeypatch, capfd):
+    """stop.ratio is so low that every update breaks it, and three in a row stop the run."""
+    rule = ["stop.ratio=1.000001", "stop.patience=3", "ppo.eval_every=1"]
+    assert run(monkeypatch, unbroken, "ppo", "run_name=halted", *rule) == 3
+    said = capfd.readouterr().err
+    assert "stopped: ratio explosion: one update changes a token's probability by a factor" in said
+    assert "Likely causes:" in said
+    assert "stopped by a guard: publishing the best, step-00000" in said
+    manifest = Registry(unbroken).resolve("ppo/halted", contents=True).manifest
+    assert manifest.model_is == "best"
+    assert "ratio explosion" in (manifest.stopped or "")
+    lines = numbers(unbroken, "ppo", "halted")
+    assert [line["step"] for line in lines] == [1, 2]
+    best = max(lines, key=lambda line: line["eval/score"])
+    assert manifest.metrics["eval/score"] == pytest.approx(best["eval/score"], abs=1e-4)
+    dump = unbroken / "ppo/halted/stopped/step-000003"
+    assert {path.name for path in dump.iterdir()} == {"why.txt", "batch.jsonl", "steps.jsonl"}
+
+    assert run(monkeypatch, unbroken, "ppo", "run_name=halted", *rule) == 3, "nothing to do"
+    said = capfd.readouterr().err
+    assert "is finished with this config: nothing to do" in said
+    assert "stopped: ratio explosion" in said
+    assert cli_text(unbroken, "show", "ppo/halted").count("ratio explosion") == 1
+    assert "stopped" in cli_text(unbroken, "ls")
+
+
+def test_a_run_without_a_best_step_publishes_nothing(unbroken, monkeypatch, capfd):
+    rule = ["stop.ratio=1.000001", "stop.patience=1", "ppo.eval_every=1", "run_name=none"]
+    assert run(monkeypatch, unbroken, "ppo", *rule) == 3
+    said = capfd.readouterr().err
+    assert "stopped: ratio explosion" in said
+    with pytest.raises(RegistryError, match="unfinished"):
+        Registry(unbroken).resolve("ppo/none")
+    assert (unbroken / "ppo/none/stopped").is_dir()
+
+
+def test_the_watch_goes_on_where_it_was(unbroken, monkeypatch, stop_at, capfd):
+    """Interrupted after the second strike: the third one stops it."""
+    rule = ["stop.ratio=1.000001", "stop.patience=3", "ppo.eval_every=1", "run_name=again"]
+    stop_at(2)
+    assert run(monkeypatch, unbroken, "ppo", *rule) == 143
+    assert run(monkeypatch, unbroken, "ppo", *rule) == 3
+    assert "for 3 steps" in (Registry(unbroken).resolve("ppo/again").manifest.stopped or "")
+
+
+def test_ptx_mixes_in_the_rows_of_sft(unbroken, monkeypatch, capfd):
+    given = ["ppo.ptx_coef=0.5", "ppo.steps=2", "run_name=ptx"]
+    assert run(monkeypatch, unbroken, "ppo", *given) == 0
+    lines = numbers(unbroken, "ppo", "ptx")
+    assert all(line["loss/ptx"] > 0 for line in lines)
+    facts = {part.split: part for part in Registry(unbroken).resolve("ppo/ptx").manifest.data}
+    assert facts["ptx"].source.endswith("data/tiny/sft/train.jsonl")
+    assert facts["ptx"].rows > 100
+
+
+def test_the_proofs_are_printed_and_logged(unbroken, monkeypatch, capfd):
+    assert run(monkeypatch, unbroken, "ppo", "ppo.steps=1", "run_name=proved") == 0
+    said = " ".join(capfd.readouterr().err.split())
+    for proof in (
+        "text: padding '<pad>' is not the end",
+        "the policy read '",
+        "(golden logits differ by",
+        "before the first update: |KL(policy, reference)| <= ",
+        "after the first update: reference, rm/tiny unmoved, in reach of no gradient",
+    ):
+        assert proof in said, proof
+    (line,) = numbers(unbroken, "ppo", "proved")
+    assert 0 <= line["proof/kl"] <= 1e-5
+    assert 0 < line["proof/ratio"] <= 1e-4
+    log = (unbroken / "ppo/proved/log.txt").read_text()
+    assert "after the first update: reference, rm/tiny unmoved" in log
