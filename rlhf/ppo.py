@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -255,13 +256,24 @@ def judge(
     parts = [
         (slice(n, n + size), batch.rows(slice(n, n + size))) for n in range(0, len(batch), size)
     ]
-    for rows, part in parts:  # role by role, since roles may share a backbone
-        found = logprobs(roles.reference, part, cfg.sampling, restricted=False)
-        batch.ref_logprobs[rows, : found.shape[1]] = found
-    if roles.critic is not None:
+
+    def per_token(measure: Callable[[Batch], Tensor]) -> Tensor:  # a role at a time: they may share
+        out = like.clone()
         for rows, part in parts:
-            found = values(roles.critic, part)
-            batch.old_values[rows, : found.shape[1]] = found
+            found = measure(part)
+            out[rows, : found.shape[1]] = found
+        return out
+
+    def over_all_tokens(model: nn.Module) -> Tensor:
+        return per_token(partial(logprobs, model, cfg=cfg.sampling, restricted=False))
+
+    batch.ref_logprobs = over_all_tokens(roles.reference)
+    # What the sampler noted is of other tokens where top-k or top-p ruled some out.
+    own = over_all_tokens(roles.policy) if cfg.sampling.truncates else batch.old_logprobs
+    kl = losses.kl_estimate(own, batch.ref_logprobs, estimator="k1")
+    batch.kl = torch.where(batch.response_mask, kl, 0.0)
+    if roles.critic is not None:
+        batch.old_values = per_token(partial(values, roles.critic))
     batch.scores = returns.shape_scores(
         batch.scores, bias=bias, scale=scale, clip=cfg.ppo.score_clip
     )
@@ -274,14 +286,6 @@ def judge(
             buffer=cfg.ppo.overlong_buffer,
             penalty=cfg.ppo.overlong_penalty,
         )
-    own = batch.old_logprobs
-    if cfg.sampling.truncates:  # then they are of other tokens than the reference's
-        own = like.clone()
-        for rows, part in parts:
-            found = logprobs(roles.policy, part, cfg.sampling, restricted=False)
-            own[rows, : found.shape[1]] = found
-    kl = losses.kl_estimate(own, batch.ref_logprobs, estimator="k1")
-    batch.kl = torch.where(batch.response_mask, kl, 0.0)
     return batch
 
 
