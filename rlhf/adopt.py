@@ -95,6 +95,8 @@ def adopt(
         ConfigError: a setting or the folder does not fit.
         RegistryError: the name is taken, or the reward model does not read what its parent writes.
     """
+    if dtype == "fp16":
+        raise ConfigError("--dtype=fp16: not built yet. Choose one of: auto, fp32, bf16.")
     engine_cfg = EngineConfig(zero_stage=0, dtype=dtype)
     limits = _limits(max_prompt_tokens, max_response_tokens)
     check_run_name(run_name)

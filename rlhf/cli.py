@@ -1,6 +1,6 @@
-"""`rlhf ...`: look at runs, adopt what was made elsewhere, remove what nothing needs.
+"""`rlhf ...`: look at runs, adopt what was made elsewhere, remove what nothing needs; `doctor`.
 
-Only `adopt` loads a weight.
+Only `adopt` loads a weight; only `adopt` and `doctor` import torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import rlhf
-from rlhf.errors import RegistryError, RLHFError
+from rlhf.errors import ConfigError, RegistryError, RLHFError
 from rlhf.manifest import Manifest, checkpoint_folders
 from rlhf.registry import Registry, RunInfo, default_runs_dir
 
@@ -313,6 +313,44 @@ def adopt(
         print(note)
     said = "adopted" if done.new else "adopted before from the same files: nothing to do"
     print(f"{done.run.reference}: {said}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Only the rules, as in docs/guards.md.")
+    ] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Look at this machine: libraries, device, disk, W&B; and list what stages refuse, and why."""
+    from rlhf import doctor
+
+    if as_markdown:
+        print(doctor.as_markdown(), end="")
+        return
+    found = doctor.examine(runs_dir if runs_dir is not None else default_runs_dir())
+    if as_json:
+        _print_json(found)
+    else:
+        libraries = [
+            (one.name, one.installed or "missing", one.needs, "" if one.fits else "does not fit")
+            for one in found.libraries
+        ]
+        _print_table(("library", "installed", "needed", ""), libraries)
+        print()
+        _print_table(("this machine", ""), list(found.machine.items()))
+        print()
+        rules = [
+            (rule["name"], rule["does"], rule["what"], rule["way_out"], "\n".join(rule["issues"]))
+            for rule in found.rules
+        ]
+        _print_table(("rule", "", "what is set", "way out", "public reports"), rules)
+        print()
+    if found.problems:
+        raise ConfigError(" ".join(found.problems))
+    if not as_json:
+        print("Sound: nothing here would stop every run. Why each rule: docs/guards.md.")
 
 
 # ---------------------------------------------------------------- how things are shown

@@ -146,10 +146,15 @@ class EngineConfig:
     offload: bool = False
     dtype: str = "auto"  # bf16 on a GPU that has it, fp32 on a CPU
     checkpointing: bool = False  # recompute activations in the backward pass
+    partition_threshold: int | None = None  # ZeRO-3: smaller weights stay whole; null: DeepSpeed's
+    allow_zero3_adapters: bool = False  # ZeRO-3 for adapter methods that were measured right in it
 
     def __post_init__(self) -> None:
         _one_of("engine.zero_stage", self.zero_stage, (0, 1, 2, 3))
-        _one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16"))
+        if self.partition_threshold is not None:
+            why = "It counts values; 0 splits every weight."
+            _between("engine.partition_threshold", self.partition_threshold, 0, math.inf, why)
+        _one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclass

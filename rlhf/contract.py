@@ -165,21 +165,26 @@ def _check_limits(reward_model: Published, cfg: PPOStage) -> None:
             )
 
 
-def check_positions(run: Published, longest: int) -> None:
-    """Refuse sequences beyond the positions that a model has.
+def check_positions(run: Published, longest: int, lower: str) -> None:
+    """Refuse sequences beyond the positions that a run's model has.
 
     Args:
         run: holds config.json.
         longest: tokens of the longest prompt and answer there will be.
+        lower: the settings that shorten them.
 
     Raises:
         ConfigError: they do not fit.
     """
     folder = run.model_dir if run.under is None else run.tokenizer_dir
     most = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    refuse_beyond(most, longest, run.reference, lower)
+
+
+def refuse_beyond(most: Any, longest: int, name: str, lower: str) -> None:
+    """The same for a model that is known by its number of positions; None: without end."""
     if isinstance(most, int) and longest > most:
         raise ConfigError(
-            f"{run.reference}: a prompt and its answer may have {longest} tokens, but the model "
-            f"has positions for {most}. Lower sampling.max_new_tokens or "
-            "data.max_prompt_tokens."
+            f"{name}: a prompt and its answer have up to {longest} tokens, but the model has "
+            f"positions for {most}. Lower {lower}."
         )

@@ -28,6 +28,7 @@ from rlhf.errors import ConfigError, DataError
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 Row = dict[str, Any]  # of the data, with every column it had
 ROLES = ("system", "user", "assistant")
+LENGTHS = "data.max_prompt_tokens or data.max_response_tokens: longer rows are dropped and counted"
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
@@ -58,12 +59,14 @@ def load(stage: str, cfg: DataConfig) -> dict[str, Split]:
         cfg: the `data` settings.
 
     Returns:
-        {"train": ..., "validation": ..., and "test" where there is one}.
+        {"train": ..., "validation": ..., and "test" for a reward model where there is one}.
 
     Raises:
         DataError: nothing at that path, or more bad rows than `data.max_bad_fraction`.
     """
     files = _files(Path(cfg.path))
+    if stage != "rm":
+        files.pop("test", None)  # nothing there looks at it
     splits = {name: _read(stage, name, file, cfg) for name, file in files.items()}
     if "validation" not in splits:
         splits["train"], splits["validation"] = _set_aside(splits["train"])

@@ -7,11 +7,12 @@ AdamW is handed over instead) and no shared-memory communication op.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf import lifeline
 from rlhf.config import EngineConfig
 from rlhf.ranks import is_main, world_size
 
@@ -49,6 +51,7 @@ def start(seed: int) -> None:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            lifeline.hold(from_main(lifeline.listen))  # a dead process is not waited for that long
         atexit.register(dist.destroy_process_group)
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     from transformers import set_seed
@@ -104,13 +107,16 @@ def deepspeed_config(
         accumulation: backward passes per optimizer step.
         max_grad_norm: global gradient norm is clipped to it.
     """
+    zero: dict[str, Any] = {"stage": cfg.zero_stage}
+    if cfg.zero_stage == 3 and cfg.partition_threshold is not None:
+        zero["stage3_param_persistence_threshold"] = cfg.partition_threshold
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch_size * accumulation * world_size(),
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype(cfg) == torch.bfloat16},
-        "zero_optimization": {"stage": cfg.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
@@ -169,12 +175,17 @@ class Engine:
                 max_grad_norm=max_grad_norm,
             ),
         )
+        note_grad_norm(self._engine)
         # DeepSpeed divides a loss by the accumulation steps and averages over processes; our
         # losses are parts of a sum, so both are undone.
         self._scale = accumulation * world_size()
         self.module: nn.Module = self._engine.module
 
     def backward(self, loss: Tensor) -> None:
+        # DeepSpeed starts a micro-batch when its own wrapper's forward is called, which would tie
+        # a loss to one call of the whole model. Not told, ZeRO-3 forgets earlier micro-batches.
+        if hasattr(self._engine.optimizer, "clear_backward_seen_flag"):
+            self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(loss * self._scale)
 
     def step(self) -> None:
@@ -195,13 +206,75 @@ class Engine:
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the last update's gradients, before clipping; None where not known."""
+        """Global norm of the last update's gradients, before clipping; None before the first."""
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     @property
     def learning_rate(self) -> float:
         return float(self._engine.get_lr()[0])
+
+
+def note_grad_norm(ds_engine: Any) -> None:
+    """Let a DeepSpeed engine tell its gradient norm where it clips without noting it (ZeRO-0)."""
+    if ds_engine.zero_optimization() or ds_engine.get_global_grad_norm() is not None:
+        return
+
+    def clip() -> None:
+        trained = [p for p in ds_engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, ds_engine.gradient_clipping())
+        ds_engine._global_grad_norm = norm
+
+    ds_engine.clip_fp32_gradients = clip
+
+
+# ---------------------------------------------------------------- ZeRO-3
+
+
+def serve(module: nn.Module, cfg: EngineConfig) -> nn.Module:
+    """A frozen model split over the processes under ZeRO-3, in place; as it is otherwise."""
+    if cfg.zero_stage == 3:
+        import deepspeed
+
+        config = deepspeed_config(cfg, micro_batch_size=1, accumulation=1, max_grad_norm=0.0)
+        deepspeed.initialize(model=module, config=config)
+    return module
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has split its weights over the processes."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module, *, write: bool = False) -> Iterator[None]:
+    """While the block runs, every process holds the weights whole. Every process must enter it.
+
+    Without it, saving or merging what ZeRO-3 has split writes empty tensors, with exit code 0.
+
+    Args:
+        write: rank 0's changes are spread to the others when the block ends.
+    """
+    split = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
+        yield
+
+
+def forget_trainer() -> None:
+    """Undo what a Trainer under ZeRO-3 leaves behind: every model loaded later would be split."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """Number of values, also of one that ZeRO-3 has split."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

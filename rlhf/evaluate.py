@@ -250,8 +250,11 @@ class HeldOut:
         """Scores, KL, and gold with the share of prompts on which the later answer wins."""
         if not before.texts:
             return {}
+        score = mean_of(after.scores)
         out = {
-            "eval/score": mean_of(after.scores).value,
+            "eval/score": score.value,
+            "eval/score_ci_low": score.low,
+            "eval/score_ci_high": score.high,
             "eval/score_sft": mean_of(before.scores).value,
             "eval/kl": mean_of(after.kl).value,
         }
@@ -322,7 +325,10 @@ def ppo_summary(metrics: dict[str, float]) -> list[tuple[str, str]]:
     if "eval/score" not in metrics:
         return [("score of the last rollout", f"{metrics['objective/scores']:.3f}")]
     rows = [
-        ("held-out score", f"{metrics['eval/score_sft']:.3f} -> {metrics['eval/score']:.3f}"),
+        (
+            "held-out score",
+            f"{metrics['eval/score_sft']:.3f} -> {with_interval(metrics, 'eval/score')}",
+        ),
         ("KL to the reference", f"{metrics['eval/kl']:.2f} nats per answer, held out"),
     ]
     if "eval/gold" in metrics:

@@ -1,83 +1,427 @@
-"""Combinations of settings that are refused when the config is composed, before torch is imported.
+"""Combinations that are refused, or worth a note: one table of rules, read in two passes.
 
-Each rule says what is wrong, why, and the ways out; `rules` is the whole list.
+`check` is called when the config is composed, before torch is imported; `check_device` when a
+process knows what it runs on, before a weight is loaded. `rlhf doctor` shows the table, and
+docs/guards.md is made from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.metadata
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from rlhf.config import PROJECT
 from rlhf.errors import ConfigError
 from rlhf.methods.table import METHODS
+from rlhf.ranks import world_size
+
+# ---------------------------------------------------------------- what is known beside the config
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a process computes on. `bf16` and `fp16`: in hardware, and DeepSpeed trains in it."""
+
+    name: str
+    gpus: int
+    bf16: bool
+    fp16: bool
+
+
+UNKNOWN = Device("not known before torch is imported", gpus=0, bf16=False, fp16=False)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What rules read beside the config.
+
+    Attributes:
+        versions: library -> the version that is installed; a missing one is not here.
+        needs: library -> the versions that this project was run with, such as ">=1.13".
+        processes: how many train together.
+        device: what each of them computes on.
+    """
+
+    versions: Mapping[str, str]
+    needs: Mapping[str, str]
+    processes: int = 1
+    device: Device = UNKNOWN
+
+    @property
+    def outside(self) -> dict[str, str]:
+        """The installed libraries whose version is not one that is needed, with that version."""
+        return {
+            name: version
+            for name, version in self.versions.items()
+            if not within(version, self.needs[name])
+        }
+
+
+def facts(processes: int = 1) -> Facts:
+    """What can be known without torch."""
+    needs = needed()
+    found = {name: installed(name) for name in needs}
+    return Facts({name: text for name, text in found.items() if text}, needs, processes)
+
+
+def needed() -> dict[str, str]:
+    """Library -> the versions pyproject.toml asks for."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(text) for text in project["dependencies"]]
+    return {one.name: ",".join(sorted(map(str, one.specifier), reverse=True)) for one in wanted}
+
+
+def installed(library: str) -> str | None:
+    """The version of a library that is installed, without importing it."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def within(version: str, bounds: str) -> bool:
+    """Whether a version lies in bounds such as ">=2.11,<2.14". Pre-releases and builds count."""
+    return SpecifierSet(bounds).contains(version, prereleases=True)
+
+
+def device() -> Device:
+    """What this process computes on. Imports torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Device("CPU", gpus=0, bf16=False, fp16=False)
+    return Device(
+        torch.cuda.get_device_name(),
+        gpus=torch.cuda.device_count(),
+        bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+        fp16=torch.cuda.get_device_capability()[0] >= 7,  # as DeepSpeed's CUDA accelerator asks
+    )
+
+
+# ---------------------------------------------------------------- rules
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One combination that is refused.
+    """One combination that is refused, or worth a note.
 
     Attributes:
         name: shown in brackets, so that it can be searched for.
-        refuses: the condition on a stage's config.
-        message: what is set, why it cannot work, what to do; `{...}` is filled from the config.
+        applies: the condition on a stage's config and the facts.
+        what: the settings and their values; here and below `{cfg...}` and `{facts...}` are filled.
+        why: that cannot work, or is a poor choice.
+        way_out: the overrides, or the shell command, after which the same stage runs.
         issues: public reports of what happens without this rule.
+        library: (name, versions) that it is about, such as ("deepspeed", "==0.19.2"); none: all.
+        values: more names for the three texts.
+        on_device: it needs the device, so that torch is imported first.
+        refuses: False: a note, and the stage goes on.
     """
 
     name: str
-    refuses: Callable[[Any], bool]
-    message: str
+    applies: Callable[[Any, Facts], bool]
+    what: str
+    why: str
+    way_out: str
     issues: tuple[str, ...] = ()
+    library: tuple[str, str] | None = None
+    values: Callable[[Any, Facts], dict[str, Any]] = field(default=lambda cfg, facts: {})
+    on_device: bool = False
+    refuses: bool = True
+
+    def met(self, cfg: Any, known: Facts) -> bool:
+        """Whether the config, on this machine, is what the rule is about."""
+        if self.library is not None:
+            name, versions = self.library
+            if name not in known.versions or not within(known.versions[name], versions):
+                return False
+        return self.applies(cfg, known)
+
+    def message(self, cfg: Any, known: Facts) -> str:
+        """What is set, why it cannot work, what to do."""
+        texts = (self.what, self.why, self.way_out)
+        what, why, way = (self.filled(text, cfg, known) for text in texts)
+        do = f"Run `{way}`." if way.startswith("pip ") else f"Use {way}."
+        return f"[{self.name}] {what}: {why} {do}"
+
+    def filled(self, text: str, cfg: Any, known: Facts) -> str:
+        """One of the three texts with the values of this config."""
+        return text.format(cfg=cfg, facts=known, **self.values(cfg, known))
+
+
+def misfits(wrong: Mapping[str, str], needs: Mapping[str, str]) -> dict[str, str]:
+    """Libraries and their versions that are not those needed: in words, and as pip's arguments."""
+    said = [f"{name} {version} ({needs[name]} is needed)" for name, version in wrong.items()]
+    return {
+        "found": ", ".join(said),
+        "wanted": " ".join(f"'{name}{needs[name]}'" for name in wrong),
+    }
+
+
+def _train_sizes(cfg: Any, known: Facts) -> dict[str, int]:
+    """The same or the next larger batch, and the largest micro-batch into which it splits."""
+    return _sizes(cfg.train, known.processes, known.processes)
+
+
+def _ppo_sizes(cfg: Any, known: Facts) -> dict[str, int]:
+    """As for training: minibatches and the answers to a prompt stay whole on each process."""
+    parts = known.processes * cfg.ppo.minibatches
+    whole = math.lcm(parts, known.processes * cfg.sampling.per_prompt)
+    return _sizes(cfg.ppo, parts, whole)
+
+
+def _sizes(sizes: Any, parts: int, whole: int) -> dict[str, int]:
+    batch = -(-sizes.batch_size // whole) * whole
+    rows = batch // parts
+    fitting = [size for size in range(1, sizes.micro_batch_size + 1) if rows % size == 0]
+    return {"batch": batch, "micro": max(fitting)}
+
+
+def _right_stages(cfg: Any, known: Facts) -> dict[str, Any]:
+    row = METHODS[cfg.method.name]
+    below = [stage for stage in row.zero_stages if stage < 3]
+    return {"row": row, "stage": max(below or row.zero_stages)}
 
 
 RULES = (
     Rule(
-        name="zero3-adapter",
-        refuses=lambda cfg: cfg.engine.zero_stage == 3 and not METHODS[cfg.method.name].zero3,
-        message=(
-            "engine.zero_stage=3 with method={cfg.method.name}: ZeRO-3 splits every weight over "
-            "the processes, and saving or merging an adapter without gathering them first writes "
-            "empty tensors or the bare base model, with exit code 0. An adapter gains nothing from "
-            "it: its optimizer state is small. Use engine=zero2, or train all weights with "
-            "method=full."
+        name="deepspeed-mixed-dtypes",
+        library=("deepspeed", "==0.19.2"),
+        applies=lambda cfg, facts: (
+            cfg.engine.zero_stage == 3
+            and METHODS[cfg.method.name].adapter
+            and cfg.engine.dtype != "fp32"
         ),
+        what="engine.zero_stage=3 with method={cfg.method.name} on deepspeed 0.19.2",
+        why=(
+            "a bf16 base with fp32 adapters fails in the first optimizer step (`output tensor must "
+            "have the same type as input tensor`); 0.19.3 mended it."
+        ),
+        way_out="pip install 'deepspeed{facts.needs[deepspeed]}'",
+        issues=("deepspeedai/DeepSpeed#8072", "deepspeedai/DeepSpeed#8113", "huggingface/trl#6089"),
+    ),
+    Rule(
+        name="deepspeed-frozen-checkpointing",
+        library=("deepspeed", "<0.19.3"),
+        applies=lambda cfg, facts: (
+            cfg.engine.zero_stage == 3
+            and METHODS[cfg.method.name].adapter
+            and cfg.engine.checkpointing
+        ),
+        what=(
+            "engine.checkpointing=true with engine.zero_stage=3, method={cfg.method.name} and "
+            "deepspeed {facts.versions[deepspeed]}"
+        ),
+        why=(
+            "weights that are frozen are split up again before the backward pass has used their "
+            "recomputed values, which then have no element; 0.19.3 mended it."
+        ),
+        way_out="pip install 'deepspeed{facts.needs[deepspeed]}'",
+        issues=("deepspeedai/DeepSpeed#8148", "huggingface/transformers#47254"),
+    ),
+    Rule(
+        name="library-bounds",
+        applies=lambda cfg, facts: bool(facts.outside),
+        values=lambda cfg, facts: misfits(facts.outside, facts.needs),
+        what="installed: {found}",
+        why=(
+            "this project was run and compared with the versions in pyproject.toml (`rlhf doctor` "
+            "lists them); with others it may train without an error, and differently: with "
+            "deepspeed 0.19.3 its updates are not those of plain torch."
+        ),
+        way_out="pip install {wanted}",
+    ),
+    Rule(
+        name="method-zero-stage",
+        applies=lambda cfg, facts: (
+            cfg.engine.zero_stage not in METHODS[cfg.method.name].zero_stages
+        ),
+        values=_right_stages,
+        what="engine.zero_stage={cfg.engine.zero_stage} with method={cfg.method.name}",
+        why="this method goes wrong in that stage: {row.zero_reason}",
+        way_out="engine=zero{stage}",
+    ),
+    Rule(
+        name="zero3-adapter",
+        applies=lambda cfg, facts: (
+            cfg.engine.zero_stage == 3
+            and METHODS[cfg.method.name].adapter
+            and not cfg.engine.allow_zero3_adapters
+        ),
+        what="engine.zero_stage=3 with method={cfg.method.name}",
+        why=(
+            "ZeRO-3 splits every weight over the processes, and saving or merging an adapter "
+            "without gathering them first writes empty tensors or the bare base model, with exit "
+            "code 0. An adapter gains little from it: its optimizer state is small. A base too "
+            "large for one GPU is the exception: engine.allow_zero3_adapters=true allows what was "
+            "measured right."
+        ),
+        way_out="engine=zero2",
         issues=("huggingface/peft#1328", "huggingface/peft#297", "hiyouga/LLaMA-Factory#1226"),
     ),
     Rule(
         name="ppo-dropout",
-        refuses=lambda cfg: cfg.stage == "ppo" and getattr(cfg.method, "dropout", 0.0) > 0,
-        message=(
-            "method.dropout={cfg.method.dropout} in PPO: a training pass would not give the "
-            "probabilities that were sampled, so the ratio would not be 1 before an update. Use "
-            "method.dropout=0; dropout is fine in SFT and RM."
+        applies=lambda cfg, facts: cfg.stage == "ppo" and getattr(cfg.method, "dropout", 0.0) > 0,
+        what="method.dropout={cfg.method.dropout} in PPO",
+        why=(
+            "a training pass would not give the probabilities that were sampled, so the ratio "
+            "would not be 1 before an update. Dropout is fine in SFT and RM."
         ),
+        way_out="method.dropout=0",
         issues=("CarperAI/trlx#508", "huggingface/trl#2358"),
     ),
     Rule(
-        name="zero3-not-yet",
-        refuses=lambda cfg: cfg.engine.zero_stage == 3,
-        message=(
-            "engine.zero_stage=3: sampling and publishing from weights that are split over the "
-            "processes is not built yet. Use engine=zero2."
+        name="train-batch-processes",
+        applies=lambda cfg, facts: (
+            cfg.stage != "ppo"
+            and cfg.train.batch_size % (cfg.train.micro_batch_size * facts.processes) > 0
         ),
+        values=_train_sizes,
+        what="train.batch_size={cfg.train.batch_size} on {facts.processes} processes",
+        why=(
+            "every process takes the same number of whole micro-batches, and those of "
+            "train.micro_batch_size={cfg.train.micro_batch_size} rows do not add up to the batch."
+        ),
+        way_out="train.batch_size={batch} train.micro_batch_size={micro}",
+    ),
+    Rule(
+        name="ppo-batch-processes",
+        applies=lambda cfg, facts: (
+            cfg.stage == "ppo"
+            and cfg.ppo.batch_size
+            // cfg.ppo.minibatches
+            % (cfg.ppo.micro_batch_size * facts.processes)
+            > 0
+        ),
+        values=_ppo_sizes,
+        what=(
+            "ppo.batch_size={cfg.ppo.batch_size} in ppo.minibatches={cfg.ppo.minibatches} on "
+            "{facts.processes} processes"
+        ),
+        why=(
+            "every process takes the same number of whole micro-batches, and those of "
+            "ppo.micro_batch_size={cfg.ppo.micro_batch_size} answers do not add up to a minibatch."
+        ),
+        way_out="ppo.batch_size={batch} ppo.micro_batch_size={micro}",
+    ),
+    Rule(
+        name="ppo-answers-processes",
+        applies=lambda cfg, facts: (
+            cfg.stage == "ppo"
+            and cfg.ppo.batch_size % (cfg.sampling.per_prompt * facts.processes) > 0
+        ),
+        values=_ppo_sizes,
+        what=(
+            "ppo.batch_size={cfg.ppo.batch_size} with sampling.per_prompt="
+            "{cfg.sampling.per_prompt} on {facts.processes} processes"
+        ),
+        why=(
+            "the answers to one prompt stay on one process, and every process has as many prompts "
+            "as each other one."
+        ),
+        way_out="ppo.batch_size={batch} ppo.micro_batch_size={micro}",
+    ),
+    Rule(
+        name="fp16-device",
+        on_device=True,
+        applies=lambda cfg, facts: cfg.engine.dtype == "fp16" and not facts.device.fp16,
+        what="engine.dtype=fp16 on this device ({facts.device.name})",
+        why=(
+            "DeepSpeed trains in it on GPUs of compute capability 7.0 (V100, T4) and newer, and "
+            "stops elsewhere: `Type fp16 is not supported on your device.`"
+        ),
+        way_out="engine.dtype=fp32",
+        issues=("deepspeedai/DeepSpeed#5718", "hiyouga/LLaMA-Factory#2612"),
+    ),
+    Rule(
+        name="fp16-needless",
+        on_device=True,
+        refuses=False,
+        applies=lambda cfg, facts: cfg.engine.dtype == "fp16" and facts.device.bf16,
+        what="engine.dtype=fp16 on this device ({facts.device.name})",
+        why=(
+            "it has bf16, which is as fast and needs no loss scaling; fp16 overflows at 65504, and "
+            "each overflow skips an update."
+        ),
+        way_out="engine.dtype=bf16",
+    ),
+    Rule(
+        name="bf16-cpu",
+        on_device=True,
+        refuses=False,
+        applies=lambda cfg, facts: cfg.engine.dtype == "bf16" and facts.device.gpus == 0,
+        what="engine.dtype=bf16 on a CPU",
+        why="it was measured to be 5 to 8 times slower than fp32 there.",
+        way_out="engine.dtype=fp32",
+    ),
+    # What is not built yet; these rules go when it is.
+    Rule(
+        name="fp16-not-yet",
+        on_device=True,
+        applies=lambda cfg, facts: cfg.engine.dtype == "fp16",
+        what="engine.dtype=fp16",
+        why="loss scaling, and the tolerances of the proofs under it, are not built yet.",
+        way_out="engine.dtype=fp32",
+    ),
+    Rule(
+        name="zero3-adapter-not-yet",
+        applies=lambda cfg, facts: cfg.engine.zero_stage == 3 and METHODS[cfg.method.name].adapter,
+        what="engine.zero_stage=3 with method={cfg.method.name}",
+        why="publishing an adapter that is split over the processes has not been proved here yet.",
+        way_out="engine=zero2",
     ),
     Rule(
         name="offload-not-yet",
-        refuses=lambda cfg: cfg.engine.offload,
-        message=(
-            "engine.offload=true: keeping optimizer states in host memory is not built yet. Use "
-            "engine=zero2."
-        ),
+        applies=lambda cfg, facts: cfg.engine.offload,
+        what="engine.offload=true",
+        why="keeping optimizer states in host memory is not built yet.",
+        way_out="engine=zero2",
     ),
 )
 
 
-def check(cfg: Any) -> None:
-    """Refuse what would silently train, save or merge the wrong thing.
+# ---------------------------------------------------------------- the two passes
+
+
+def check(cfg: Any, known: Facts | None = None) -> list[str]:
+    """Refuse what would silently train, save or merge the wrong thing; without torch.
+
+    Args:
+        cfg: a stage's config.
+        known: what `facts()` gives, unless given.
+
+    Returns:
+        Notes for a person.
 
     Raises:
         ConfigError: the first rule that the config breaks, by name.
     """
+    return _check(cfg, known or facts(world_size()), on_device=False)
+
+
+def check_device(cfg: Any, known: Facts | None = None) -> list[str]:
+    """The rules that need the device: to be called after `engine.start`, before a weight is loaded.
+
+    Args, Returns, Raises: as `check`.
+    """
+    known = known or facts(world_size())
+    if known.device is UNKNOWN:
+        known = replace(known, device=device())
+    return _check(cfg, known, on_device=True)
+
+
+def _check(cfg: Any, known: Facts, *, on_device: bool) -> list[str]:
+    notes = []
     for rule in RULES:
-        if rule.refuses(cfg):
-            raise ConfigError(f"[{rule.name}] {rule.message.format(cfg=cfg)}")
+        if rule.on_device == on_device and rule.met(cfg, known):
+            if rule.refuses:
+                raise ConfigError(rule.message(cfg, known))
+            notes.append(rule.message(cfg, known))
+    return notes

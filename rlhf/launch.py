@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -25,16 +26,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from rlhf import config, guards, interrupts, ranks
+from rlhf import config, guards, interrupts, lifeline, ranks
 from rlhf.errors import ConfigError, RLHFError, StoppedByGuard
 
 C = TypeVar("C", bound=config.StageConfig)
 
-NOT_LOST = (
-    "nothing was published. The same command goes on from the last checkpoint, or starts again "
-    "where there is none."
-)
 GRACE = 10.0  # seconds a rank has to end in order before it is killed
+PATIENCE = 5.0  # seconds that another rank leaves rank 0 to say the same, before it speaks itself
 
 
 def stage(name: str) -> Callable[[Callable[[C], None]], Callable[[], None]]:
@@ -42,7 +40,14 @@ def stage(name: str) -> Callable[[Callable[[C], None]], Callable[[], None]]:
 
     def decorate(main: Callable[[C], None]) -> Callable[[], None]:
         def run() -> None:
-            sys.exit(_run(name, main))
+            code = 1
+            try:
+                code = _run(name, main)
+            finally:
+                if ranks.world_size() > 1:
+                    interrupts.leave_undisturbed()
+                lifeline.leave(failed=code != 0)
+            sys.exit(code)
 
         return run
 
@@ -54,16 +59,27 @@ def _run(name: str, main: Callable[[C], None]) -> int:
     # Before torch is loaded: its threads sleep while they wait. Spinning, they cost a factor of
     # 10 to 100 on small models as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Old launchers say in an argument what LOCAL_RANK says; Hydra would take it for an override.
+    sys.argv[1:] = [a for a in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", a)]
     try:
+        processes = _processes(os.environ.get("NPROC") or "1")
+        ranks.adopt_launcher(processes)
         if any(flag in sys.argv[1:] for flag in ("-m", "--multirun")):
+            if ranks.world_size() > 1:
+                raise ConfigError(
+                    f"-m with WORLD_SIZE={ranks.world_size()}: every rank would sweep by itself. "
+                    "Start the sweep with plain python; NPROC=... gives each of its runs several "
+                    "processes."
+                )
             return sweep([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])
         cfg: Any = compose(name)
         if cfg is None:  # Hydra was asked to show something: --help, --cfg job
             return 0
-        guards.check(cfg)
-        processes = _processes(os.environ.get("NPROC") or "1")
-        if processes > 1 and "RANK" not in os.environ:
+        notes = guards.check(cfg, guards.facts(max(processes, ranks.world_size())))
+        if processes > 1:
             return start_ranks(processes)
+        for note in notes:
+            say(note)
         main(cfg)
         return 0
     except RLHFError as error:
@@ -72,11 +88,19 @@ def _run(name: str, main: Callable[[C], None]) -> int:
         say(f"\nstopped: {error}")
         return 3
     except KeyboardInterrupt:
-        say(f"\ninterrupted: {NOT_LOST}")
+        if ranks.is_main():
+            say(f"\ninterrupted: {ranks.NOT_LOST}")
         return 130
     except interrupts.Terminated:
-        say(f"\nterminated: {NOT_LOST}")
+        if ranks.is_main():
+            say(f"\nterminated: {ranks.NOT_LOST}")
         return 143
+    except Exception as error:
+        if ranks.lost_another(error):
+            return lost(str(error))
+        if not may_speak():  # rank 0 has shown what happened, here as there
+            return 1
+        raise
 
 
 def _processes(text: str) -> int:
@@ -91,10 +115,48 @@ def refuse(message: str) -> int:
     return 2
 
 
+def lost(reason: str) -> int:
+    """Say that another process is gone, for which this one waited; the exit code of that."""
+    if ranks.PARENT in os.environ:  # it sees which one, says so, and ends this one
+        speaks = not interrupts.told_to_end() and left_alone(4 * PATIENCE)
+    else:
+        speaks = ranks.is_main() or (not interrupts.told_to_end() and left_alone())
+    if speaks:
+        first = re.sub(r"^\[\S+\] ", "", reason.strip()).split(". ")[0]
+        _print(
+            f"\nlost: another process has ended or is out of reach ({first[:200]}). What it said "
+            f"stands above, or in the log of its machine; {ranks.NOT_LOST}"
+        )
+    return 1
+
+
 def say(message: str) -> None:
-    """Print one message to stderr; rank 0 speaks for all."""
-    if ranks.is_main():
-        print(message, file=sys.stderr)
+    """Print one message to stderr; rank 0 speaks for all, unless it has nothing to say."""
+    if may_speak():
+        _print(message)
+
+
+def _print(message: str) -> None:
+    if not ranks.is_main():
+        message = f"[{ranks.name()}] {message.lstrip()}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def may_speak() -> bool:
+    """True on rank 0; on another rank where rank 0 did not come to the same end.
+
+    What all ranks find out rank 0 says, and the launcher ends the others while they wait. What one
+    of them alone finds out is not lost.
+    """
+    return ranks.is_main() or left_alone()
+
+
+def left_alone(seconds: float = PATIENCE) -> bool:
+    """Wait a little; False where this process is told to end, or rank 0 fails, in that time."""
+    try:
+        return not lifeline.main_failed.wait(seconds)
+    except (KeyboardInterrupt, interrupts.Terminated):
+        return False
 
 
 # ---------------------------------------------------------------- composing
@@ -253,7 +315,8 @@ def _suffix(combination: tuple[tuple[str, str], ...]) -> str:
 def start_ranks(processes: int) -> int:
     """Start `processes` ranks of this very command on this machine; their first failure ends all.
 
-    The command was composed and guarded before, so a refusal never starts a rank.
+    The command was composed and guarded before, so a refusal never starts a rank. A rank that was
+    killed is named.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -261,6 +324,8 @@ def start_ranks(processes: int) -> int:
     started = []
     for rank in range(processes):
         env = os.environ | {
+            ranks.PARENT: str(os.getpid()),
+            "NPROC": "1",
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(processes),
@@ -279,7 +344,11 @@ def start_ranks(processes: int) -> int:
                 failed = [code for code in codes if code]
                 stopping = held.asked is not None and None in codes  # they leave one by one
                 if failed and not stopping:
-                    return failed[0] if failed[0] > 0 else 128 - failed[0]
+                    # A rank that ends with 1 may only have lost another one.
+                    code = next((code for code in failed if code != 1), 1)
+                    if code < 0:
+                        say(f"\n{_killed(codes.index(code), processes, -code)} {ranks.NOT_LOST}")
+                    return code if code > 0 else 128 - code
                 if all(code == 0 for code in codes):
                     return 0
                 if held.asked is not None and not passed_on:
@@ -298,3 +367,9 @@ def start_ranks(processes: int) -> int:
             except subprocess.TimeoutExpired:  # in a collective call, where no signal is heard
                 process.kill()
                 process.wait()
+
+
+def _killed(rank: int, processes: int, number: int) -> str:
+    why = " (the kernel does that when memory runs out)" if number == signal.SIGKILL else ""
+    name = signal.Signals(number).name
+    return f"lost: rank {rank} of {processes} was ended by {name}{why}:"

@@ -28,12 +28,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf import parts
+from rlhf import engine, parts
 from rlhf.config import LoraConfig, MethodConfig, ModelConfig
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.manifest import BaseModel
 from rlhf.masking import at_least_fp32
 from rlhf.methods import lora
+from rlhf.ranks import is_main
 from rlhf.registry import Published
 
 ADAPTER = "default"  # peft's name of the adapter that is published: the trained model's own
@@ -272,8 +273,8 @@ def whole(model: nn.Module) -> nn.Module:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all); of a shared backbone all that lies on it, trained in this role."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in whole(model).parameters())
+    trained = sum(engine.size_of(p) for p in model.parameters() if p.requires_grad)
+    return trained, sum(engine.size_of(p) for p in whole(model).parameters())
 
 
 # ---------------------------------------------------------------- forward passes
@@ -338,16 +339,23 @@ def scores(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write whole weights, special ids and tokenizer to `folder`, adapters to `folder/adapter`."""
+    """Write whole weights, special ids and tokenizer to `folder`, adapters to `folder/adapter`.
+
+    Every process calls it; rank 0 writes.
+    """
+    with engine.gathered(whole(model)):
+        if is_main():
+            _publish(whole(model), tokenizer, folder)
+
+
+def _publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     adapted: set[str] = set()
-    model = whole(model)
+    merged: Any = model
     if isinstance(model, peft.PeftModel):
-        save_trained(model, folder)
+        _save_trained(model, folder)
         adapted = _adapted(model)
         copied: Any = copy.deepcopy(model).to("cpu", torch.float32)
-        merged: Any = copied.merge_and_unload(adapter_names=[ADAPTER]).to(dtype=model.dtype)
-    else:
-        merged = model
+        merged = copied.merge_and_unload(adapter_names=[ADAPTER]).to(dtype=model.dtype)
     merged.config.use_cache = True
     if merged.can_generate():
         merged.generation_config = GenerationConfig(
@@ -357,12 +365,22 @@ def publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) 
         )
     merged.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
+    parts.refuse_empty(folder)
     parts.record(folder, adapted)
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """What training changes, for a checkpoint: adapters in `folder/adapter`, or whole weights."""
-    model = whole(model)
+    """What training changes, for a checkpoint: adapters in `folder/adapter`, or whole weights.
+
+    Every process calls it; rank 0 writes.
+    """
+    with engine.gathered(whole(model)):
+        if is_main():
+            _save_trained(whole(model), folder)
+            parts.refuse_empty(folder)
+
+
+def _save_trained(model: nn.Module, folder: Path) -> None:
     if isinstance(model, peft.PeftModel):
         model.save_pretrained(str(folder / "adapter"), selected_adapters=[ADAPTER])
         (folder / "adapter" / "README.md").unlink(missing_ok=True)
@@ -371,16 +389,17 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put back, in place, what `save_trained` wrote of this model."""
+    """Put back, in place, what `save_trained` wrote of this model; every process calls it."""
     adapter, model = folder / "adapter", whole(model)
     weights: dict[str, Tensor] = {}
     for path in sorted((adapter if adapter.is_dir() else folder).glob("*.safetensors")):
         weights |= load_file(path)
-    if isinstance(model, peft.PeftModel):
-        report: Any = peft.set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
-        assert not report.unexpected_keys, report.unexpected_keys
-        return
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    with engine.gathered(model, write=True):
+        if isinstance(model, peft.PeftModel):
+            report: Any = peft.set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+            assert not report.unexpected_keys, report.unexpected_keys
+            return
+        missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     assert not unexpected, unexpected
     assert set(missing) <= tied, missing

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from rlhf.errors import RegistryError
 from rlhf.manifest import write_last
 
 FILE = "tensors.json"
@@ -93,6 +94,27 @@ def _tensors(path: Path) -> Iterator[tuple[str, str]]:
                 yield name, digest.hexdigest()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name}: not whole safetensors ({error})") from error
+
+
+def refuse_empty(folder: Path) -> None:
+    """Read back what was just written: a tensor without a value is none that was trained.
+
+    Raises:
+        RegistryError: weights that ZeRO-3 had split were saved without being gathered.
+    """
+    paths = [*folder.glob("*.safetensors"), *(folder / "adapter").glob("*.safetensors")]
+    empty = []
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        empty += [name for name, about in header.items() if 0 in about["shape"]]
+    if empty:
+        raise RegistryError(
+            f"{folder}: {len(empty)} of the tensors that were written are empty ({empty[0]}, ...): "
+            "weights split over the processes were saved without being gathered. Nothing is "
+            "published. Use engine=zero2, and report this."
+        )
 
 
 def record(folder: Path, adapted: Iterable[str] = ()) -> None:

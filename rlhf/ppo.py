@@ -24,7 +24,7 @@ from rlhf.data import Row
 from rlhf.engine import Engine
 from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.masking import masked_mean, masked_whiten
-from rlhf.ranks import is_main, world_size
+from rlhf.ranks import world_size
 from rlhf.rewards import Rewards, Verdict, last_turn
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, mix, restrict
@@ -152,8 +152,7 @@ def save(policy: Engine, critic: Engine | None, folder: Path) -> None:
     policy.save(folder / "policy")
     if critic is not None:
         critic.save(folder / "critic")
-    if is_main():
-        models.save_trained(policy.module, folder / "model")
+    models.save_trained(policy.module, folder / "model")
 
 
 def load(policy: Engine, critic: Engine | None, folder: Path) -> None:

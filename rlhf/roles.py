@@ -102,7 +102,9 @@ def load_roles(
         critic = trainable(start, method, head=True)
     return Roles(
         policy=policy.to(device),
-        reference=freeze(load_parent(load_causal, sft, tokenizer, dtype)).to(device),
+        reference=engine.serve(
+            freeze(load_parent(load_causal, sft, tokenizer, dtype)).to(device), engine_cfg
+        ),
         critic=None if critic is None else critic.to(device),
         reward_model=None if rm is None else _frozen(rm, tokenizer, engine_cfg),
     )
@@ -124,7 +126,7 @@ def _frozen(
     rm: Published, tokenizer: PreTrainedTokenizerBase, engine_cfg: EngineConfig
 ) -> nn.Module:
     model = load_parent(load_scalar, rm, tokenizer, engine.dtype(engine_cfg))
-    return freeze(model).to(engine.device())
+    return engine.serve(freeze(model).to(engine.device()), engine_cfg)
 
 
 class _Adapter:

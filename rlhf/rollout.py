@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from rlhf import engine
 from rlhf.config import PPOStage, SamplingConfig
-from rlhf.engine import device as default_device
 from rlhf.ranks import rank, world_size
 from rlhf.text import Renderer
 
@@ -88,11 +88,12 @@ def sample(
     # generate() fills what our settings leave open from the model's: a repetition penalty, say.
     policy.generation_config = GenerationConfig()  # type: ignore[assignment]
     parts = []
-    for start in range(0, len(prompts), cfg.batch_size):
-        rows = slice(start, start + cfg.batch_size)
-        parts.append(
-            _generate(policy, prompts[rows], keys[rows], seed, cfg, pad_id, eos_id, device)
-        )
+    with engine.gathered(policy):
+        for start in range(0, len(prompts), cfg.batch_size):
+            rows = slice(start, start + cfg.batch_size)
+            parts.append(
+                _generate(policy, prompts[rows], keys[rows], seed, cfg, pad_id, eos_id, device)
+            )
     policy.generation_config = own
     policy.train(training)
     return _stack(parts, pad_id)
@@ -118,7 +119,7 @@ def draw(
         cfg=cfg.sampling,
         pad_id=renderer.pad_id,
         eos_id=renderer.eos_id,
-        device=default_device(),
+        device=engine.device(),
     )
 
 
@@ -157,6 +158,7 @@ def _generate(
             use_cache=True,
         ),
         logits_processor=LogitsProcessorList([sampler]),
+        synced_gpus=engine.is_split(policy),  # a rank that is done early still takes part
     )
     responses = out[:, ids.shape[1] :]
     is_eos = responses == eos_id

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 from rlhf import config, ranks
 from rlhf.console import Console
 from rlhf.data import Split
-from rlhf.errors import StoppedByGuard
+from rlhf.errors import RegistryError, StoppedByGuard
 from rlhf.manifest import MANIFEST, BaseModel, DataFacts, TokenizerFacts, now
 from rlhf.registry import Published, Registry
 from rlhf.run import Run, open_run
@@ -99,10 +100,13 @@ class Session:
         """What writes and finds this run's checkpoints, for a stage of `total` steps.
 
         Raises:
-            RegistryError: the checkpoint was written by another number of processes.
+            RegistryError: the checkpoint was written by another number of processes, or they do not
+                see one folder.
         """
         from rlhf.keeper import Keeper  # torch
 
+        if ranks.world_size() > 1:
+            self._expect_one_folder()
         self._keeper = Keeper(
             self._run,
             self.path / "checkpoints",
@@ -115,6 +119,24 @@ class Session:
         )
         self._before = self._keeper.state.get("seconds", {})
         return self._keeper
+
+    def _expect_one_folder(self) -> None:
+        """Refuse a `runs_dir` that is not shared: a process's part of checkpoints would be lost."""
+        from rlhf import engine  # torch
+
+        mark = self.path / engine.from_main(lambda: f".shared-{secrets.token_hex(8)}")
+        if self._run is not None:
+            mark.touch()
+        engine.barrier()
+        seen = engine.gather_objects((mark.exists(), ranks.name()))
+        if self._run is not None:
+            mark.unlink()
+        if blind := [name for sees, name in seen if not sees]:
+            raise RegistryError(
+                f"runs_dir={self.cfg.runs_dir}: {', '.join(blind)} does not see the run's folder "
+                "that rank 0 made, and every process writes its part of a checkpoint there. Set "
+                "runs_dir= (or RLHF_RUNS) to a folder on a file system that all machines share."
+            )
 
     @contextlib.contextmanager
     def tracker(self, keeper: Keeper) -> Iterator[Tracker | None]:
@@ -182,10 +204,10 @@ class Session:
             tracker.summary(numbers)
 
     def publish_model(self, write: Callable[..., None], *what: Any) -> None:
-        """Let `write(*what, folder)` fill model/. Main process only."""
+        """Let `write(*what, folder)` fill model/; every process calls it, rank 0 writes."""
         if self._run is not None:
             self.model_dir.mkdir(parents=True, exist_ok=True)
-            write(*what, self.model_dir)
+        write(*what, self.model_dir)
 
     def show_samples(self, rows: list[dict[str, Any]]) -> None:
         """All of them to samples.jsonl, one object a line, and the first few to the console."""

@@ -176,13 +176,16 @@ def _train(
         trainer.add_callback(_Report(keeper, tracker, best_by, trainer))
         kept = (len(trainer.train_dataset), len(trainer.eval_dataset))
         assert kept == (len(train_rows), len(eval_rows)), f"TRL kept {kept} rows"
-        with keeper.working():
-            if keeper.folder is None:
-                trainer.train()
-            elif keeper.step < steps:
-                trainer.train(resume_from_checkpoint=str(trainer_folder(keeper.folder)))
-            else:  # interrupted after the last step
-                models.load_trained(model, keeper.folder / "model")
+        try:
+            with keeper.working():
+                if keeper.folder is None:
+                    trainer.train()
+                elif keeper.step < steps:
+                    trainer.train(resume_from_checkpoint=str(trainer_folder(keeper.folder)))
+                else:  # interrupted after the last step
+                    models.load_trained(model, keeper.folder / "model")
+        finally:
+            engine.forget_trainer()
     if best := keeper.best_folder():
         models.load_trained(model, best / "model")
     first = {f"start/{name}": value for name, value in keeper.state["first"].items()}
@@ -214,8 +217,7 @@ class _Keeping:
             "metrics": this._metrics["train"],
         }
         (trainer_folder(folder) / f"sums_{ranks.rank()}.json").write_text(json.dumps(sums))
-        if ranks.is_main():
-            models.save_trained(this.model, folder / "model")
+        models.save_trained(this.model, folder / "model")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing: the trained weights are beside it, in the form that others load."""
@@ -267,6 +269,7 @@ class _Report(TrainerCallback):
         self.best_by, self.sign = best_by, -1.0 if best_by == "eval/loss" else 1.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine.note_grad_norm(self.trainer.deepspeed)
         if self.keeper.folder is not None:
             self.trainer.restore_sums(self.keeper.folder)
 

@@ -5,7 +5,7 @@ python stages/ppo.py run=tiny run_name=kl01 ppo.kl_coef=0.1
 
 from functools import partial
 
-from rlhf import config, contract, data, rewards
+from rlhf import config, contract, data, guards, rewards
 from rlhf.launch import stage
 from rlhf.registry import Registry
 from rlhf.session import open_session
@@ -28,12 +28,15 @@ def main(cfg: config.PPOStage) -> None:
 
         with session.phase("load"):
             engine.start(cfg.seed)
+            for note in guards.check_device(cfg):
+                session.note(note)
             renderer, readers = text.renderers(sft, rms, cfg.template)
             prompts = {name: renderer.prompts(split, cfg.data) for name, split in splits.items()}
             train = splits["train"].rows
             session.note(proofs.same_text(renderer, readers, train))
             longest = max(len(ids) for split in prompts.values() for ids in split)
-            contract.check_positions(sft, longest + cfg.sampling.max_new_tokens)
+            lower = "sampling.max_new_tokens or data.max_prompt_tokens"
+            contract.check_positions(sft, longest + cfg.sampling.max_new_tokens, lower)
             stream = data.PromptStream(prompts["train"], cfg.seed)
             demonstrations = ptx.load(shown, renderer, cfg)
             roles, reward_models = load_all(sft, rms, renderer.tokenizer, cfg)

@@ -3,7 +3,7 @@
 python stages/rm.py run=tiny train.epochs=1
 """
 
-from rlhf import config, contract, data
+from rlhf import config, contract, data, guards
 from rlhf.launch import stage
 from rlhf.registry import Registry
 from rlhf.session import open_session
@@ -20,9 +20,15 @@ def main(cfg: config.RMStage) -> None:
 
         with session.phase("load"):
             engine.start(cfg.seed)
+            for note in guards.check_device(cfg):
+                session.note(note)
             tokenizer = text.load_parent_tokenizer(sft, template=cfg.template)
             renderer = text.Renderer(tokenizer)
             pairs = {name: renderer.pairs(split, cfg.data) for name, split in splits.items()}
+            longest = max(
+                len(ids) for rows in pairs.values() for row in rows for ids in row.values()
+            )
+            contract.check_positions(sft, longest, data.LENGTHS)
             dtype = engine.dtype(cfg.engine)
             backbone = models.load_parent(models.load_scalar, sft, tokenizer, dtype)
             session.note(golden.check_start(backbone, sft))

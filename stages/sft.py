@@ -3,7 +3,7 @@
 python stages/sft.py run=tiny method=lora train.learning_rate=1e-3
 """
 
-from rlhf import config, data
+from rlhf import config, contract, data, guards
 from rlhf.launch import stage
 from rlhf.session import open_session
 
@@ -19,6 +19,8 @@ def main(cfg: config.SFTStage) -> None:
 
         with session.phase("load"):
             engine.start(cfg.seed)
+            for note in guards.check_device(cfg):
+                session.note(note)
             tokenizer = text.load_tokenizer(
                 cfg.model.path, template=cfg.template, revision=cfg.model.revision
             )
@@ -26,6 +28,9 @@ def main(cfg: config.SFTStage) -> None:
             train_rows = renderer.sft(splits["train"], cfg.data)
             eval_rows = renderer.sft(splits["validation"], cfg.data)
             base = models.load_base(cfg.model, tokenizer, dtype=engine.dtype(cfg.engine))
+            longest = max(len(row["input_ids"]) for row in (*train_rows, *eval_rows))
+            positions = getattr(base.config, "max_position_embeddings", None)
+            contract.refuse_beyond(positions, longest, cfg.model.path, data.LENGTHS)
             base_facts = models.base_facts(cfg.model, base)
             policy = models.trainable(base, cfg.method)
         session.opening(splits, *models.count_parameters(policy))

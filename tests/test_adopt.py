@@ -283,7 +283,8 @@ def test_the_name_of_a_trained_run_is_refused(registry, publish_run, tiny_model_
         ({"max_prompt_tokens": 0}, "--max-prompt-tokens=0: it counts tokens"),
         ({"template": "inherit"}, "--template=inherit: there is no run to inherit from"),
         ({"template": "nowhere"}, "--template=nowhere: cannot be read.*none of: chat, .*plain"),
-        ({"dtype": "fp16"}, "engine.dtype=fp16: no such choice"),
+        ({"dtype": "fp16"}, "--dtype=fp16: not built yet"),
+        ({"dtype": "fp64"}, "engine.dtype=fp64: no such choice"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(registry, tiny_model_dir, rm_dir, options, match):

@@ -116,11 +116,11 @@ def test_texts_longer_than_the_reward_model_saw_are_refused(registry: Registry):
 def test_texts_longer_than_the_positions_are_refused(registry: Registry):
     sft = published(registry)
     (sft.model_dir / "config.json").write_text(json.dumps({"max_position_embeddings": 128}))
-    check_positions(sft, 128)
-    with pytest.raises(ConfigError, match=r"129 tokens.*positions for 128"):
-        check_positions(sft, 129)
+    check_positions(sft, 128, "data.x")
+    with pytest.raises(ConfigError, match=r"129 tokens.*positions for 128\. Lower data\.x\."):
+        check_positions(sft, 129, "data.x")
     (sft.model_dir / "config.json").write_text("{}")  # positions without end
-    check_positions(sft, 10_000)
+    check_positions(sft, 10_000, "data.x")
 
 
 # ---------------------------------------------------------------- what may be a parent

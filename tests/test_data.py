@@ -132,15 +132,17 @@ def test_keys_of_a_message_that_no_template_knows_are_left_out(read):
 
 def test_a_folder_a_common_start_and_compressed_files_give_the_same_rows(tmp_path):
     for split in ("train", "validation", "test"):
-        rows = [{"prompt": f"{split} {n}"} for n in range(3)]
+        answers = {"chosen": "Yes.", "rejected": "No."}
+        rows = [{"prompt": f"{split} {n}"} | answers for n in range(3)]
         write(tmp_path / "folder" / f"{split}.jsonl", rows)
         write(tmp_path / f"start.{split}.jsonl", rows)
         (tmp_path / "packed").mkdir(exist_ok=True)
         packed = "\n".join(json.dumps(row) for row in rows)
         (tmp_path / "packed" / f"{split}.jsonl.gz").write_bytes(gzip.compress(packed.encode()))
     loaded = [
-        data.load("ppo", DataConfig(str(tmp_path / name))) for name in ("folder", "start", "packed")
+        data.load("rm", DataConfig(str(tmp_path / name))) for name in ("folder", "start", "packed")
     ]
+    assert list(data.load("ppo", DataConfig(str(tmp_path / "folder")))) == ["train", "validation"]
     for splits in loaded:
         assert list(splits) == ["train", "validation", "test"]
         for name, split in splits.items():

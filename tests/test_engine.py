@@ -148,7 +148,7 @@ def by_engine(zero_stage, micro, rows=slice(None)):
     x, y, mask = (tensor[:, rows] for tensor in batch())
     trainer = engine.Engine(
         module,
-        EngineConfig(zero_stage=zero_stage),
+        EngineConfig(zero_stage=zero_stage, partition_threshold=0),
         learning_rate=LEARNING_RATE,
         factor=factor,
         micro_batch_size=micro,
@@ -165,7 +165,9 @@ def by_engine(zero_stage, micro, rows=slice(None)):
             trainer.backward(squared_error(trainer.module, *pieces, count))
             trainer.step()
         norms.append(trainer.grad_norm)
-    state = {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
+    assert engine.is_split(trainer.module) == (zero_stage == 3)
+    with engine.gathered(trainer.module):
+        state = {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
     return state, norms, rates
 
 
@@ -177,17 +179,14 @@ def test_clipping_matters_here():
 
 
 @pytest.mark.parametrize("micro", [4, 2, 1])
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_weights_are_those_of_plain_torch(zero_stage, micro):
     expected, expected_norms = by_torch()
     state, norms, rates = by_engine(zero_stage, micro)
     assert torch.equal(state["0.weight"], network()[0].weight)  # frozen
     for name, tensor in expected.items():
         assert_close(state[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    if zero_stage == 0:
-        assert norms == [None] * UPDATES  # DeepSpeed does not tell
-    else:
-        assert norms == pytest.approx(expected_norms, rel=1e-4)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
     assert rates == pytest.approx([LEARNING_RATE, LEARNING_RATE / 2, LEARNING_RATE / 3])
 
 
@@ -226,16 +225,17 @@ def test_one_process_has_only_itself():
 
 
 def worker(folder):
-    """One of two processes: every second row of each batch, by both stages that shard."""
+    """One of two processes: every second row of each batch, sharded and not."""
     engine.start(0)
     rank = int(os.environ["RANK"])
     value = torch.tensor([1.0 + rank])
     assert engine.sum_over_ranks(value).tolist() == [3.0]
     assert value.tolist() == [1.0 + rank], "the argument is left alone"
     assert engine.gather_objects(f"rank {rank}") == ["rank 0", "rank 1"]
-    state, norms, _ = by_engine(2, 1, rows=slice(rank, None, 2))
-    state |= {"norms": torch.tensor(norms)}
-    save_file(state, os.path.join(folder, f"rank{rank}.safetensors"))
+    for zero_stage in (0, 2, 3):
+        state, norms, _ = by_engine(zero_stage, 1, rows=slice(rank, None, 2))
+        state |= {"norms": torch.tensor(norms)}
+        save_file(state, os.path.join(folder, f"zero{zero_stage}-rank{rank}.safetensors"))
 
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
@@ -261,8 +261,8 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     expected, expected_norms = by_torch()
-    for rank in range(2):
-        state = load_file(tmp_path / f"rank{rank}.safetensors")
+    for name in (f"zero{stage}-rank{rank}" for stage in (0, 2, 3) for rank in range(2)):
+        state = load_file(tmp_path / f"{name}.safetensors")
         assert state.pop("norms").tolist() == pytest.approx(expected_norms, rel=1e-4)
         for name, tensor in expected.items():
             assert_close(state[name], tensor, rtol=0, atol=1e-5)

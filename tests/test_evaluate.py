@@ -182,11 +182,17 @@ def test_compare_by_hand(renderer):
     before, after = answers([1, 2, 3], [0.2, 0.4, 0.6]), answers([4, 2, 3], [0.3, 0.4, 0.8])
     found = held_out(renderer).compare(before, after)
     gold, wins = mean_of([0.3, 0.4, 0.8]), mean_of([1, 0.5, 1])
+    score = mean_of([4, 2, 3])
+    scores = {
+        "eval/score": 3,
+        "eval/score_ci_low": score.low,
+        "eval/score_ci_high": score.high,
+        "eval/score_sft": 2,
+        "eval/kl": 1,
+    }
     assert found == pytest.approx(
-        {
-            "eval/score": 3,
-            "eval/score_sft": 2,
-            "eval/kl": 1,
+        scores
+        | {
             "eval/gold": 0.5,
             "eval/gold_ci_low": gold.low,
             "eval/gold_ci_high": gold.high,
@@ -197,7 +203,7 @@ def test_compare_by_hand(renderer):
         }
     )
     without = held_out(renderer).compare(answers([1, 2, 3], None), answers([4, 2, 3], None))
-    assert without == {"eval/score": 3, "eval/score_sft": 2, "eval/kl": 1}
+    assert without == pytest.approx(scores)
 
 
 def test_samples_show_both_answers_to_one_prompt(renderer):
@@ -282,8 +288,9 @@ def test_closing_tables():
     assert table["accuracy on test pairs"] == "0.800 (95 % 0.700 to 0.900)"
     assert table['"the longer one wins"'] == "0.600"
     scores = {"eval/score": 2.0, "eval/score_sft": 1.0, "eval/kl": 3.14159}
+    scores |= {"eval/score_ci_low": 1.5, "eval/score_ci_high": 2.5}
     assert dict(evaluate.ppo_summary(scores)) == {
-        "held-out score": "1.000 -> 2.000",
+        "held-out score": "1.000 -> 2.000 (95 % 1.500 to 2.500)",
         "KL to the reference": "3.14 nats per answer, held out",
     }
     full = scores | with_ci("eval/gold", 0.8) | with_ci("eval/win_rate", 0.8)

@@ -1,19 +1,26 @@
-"""Combinations that are refused: which ones, by which rule, and how soon."""
+"""Combinations that are refused or noted: which ones, by which rule, how soon, and the way out."""
 
 from __future__ import annotations
 
 import os
 import resource
+import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
-from rlhf import guards
-from rlhf.config import CONF, PROJECT, EngineConfig, FullConfig, LoraConfig
+from rlhf import guards, launch
+from rlhf.config import CONF, PROJECT, EngineConfig, FullConfig, LoraConfig, TrainConfig
 from rlhf.errors import ConfigError
+from rlhf.guards import Device
 from rlhf.methods.table import METHODS
 
 METHOD = {"lora": LoraConfig(), "full": FullConfig()}
@@ -28,43 +35,409 @@ TABLE = {
     ("full", 0, False): None,
     ("full", 1, False): None,
     ("full", 2, False): None,
-    ("full", 3, False): "zero3-not-yet",
+    ("full", 3, False): None,
     ("full", 2, True): "offload-not-yet",
-    ("full", 3, True): "zero3-not-yet",
+    ("full", 3, True): "offload-not-yet",
 }
+
+
+def sft(**engine: Any) -> SimpleNamespace:
+    """The part of an SFT config that rules read."""
+    method = METHOD[engine.pop("method", "lora")]
+    return SimpleNamespace(
+        stage="sft", method=method, engine=EngineConfig(**engine), train=TrainConfig()
+    )
 
 
 @pytest.mark.parametrize(("method", "zero_stage", "offload"), TABLE)
 def test_a_combination_is_refused_by_its_rule_or_allowed(method, zero_stage, offload):
-    cfg = SimpleNamespace(
-        stage="sft",
-        method=METHOD[method],
-        engine=EngineConfig(zero_stage=zero_stage, offload=offload),
-    )
+    cfg = sft(method=method, zero_stage=zero_stage, offload=offload)
     rule = TABLE[method, zero_stage, offload]
     if rule is None:
-        guards.check(cfg)
+        assert guards.check(cfg) == []
         return
-    with pytest.raises(ConfigError, match=rf"^\[{rule}\] engine\.") as caught:
+    with pytest.raises(ConfigError, match=rf"^\[{rule}\] engine\..* Use engine=zero2\.$") as caught:
         guards.check(cfg)
-    assert "engine=zero2" in str(caught.value)  # a way out
     assert "{" not in str(caught.value)  # filled in
 
 
-def test_every_rule_refuses_something_above_and_has_a_name_of_its_own():
+# ---------------------------------------------------------------- every rule, and its way out
+
+CPU = Device("CPU", gpus=0, bf16=False, fp16=False)
+H200 = Device("NVIDIA H200", gpus=1, bf16=True, fp16=True)
+T4 = Device("Tesla T4", gpus=1, bf16=False, fp16=True)
+P100 = Device("Tesla P100", gpus=1, bf16=False, fp16=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a rule is about, and words that its message has."""
+
+    rule: str
+    stage: str
+    overrides: list[str]
+    says: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    only_stages: tuple[int, ...] | None = None  # ZeRO stages that lora's row has, for once
+
+
+ALLOWED = ["engine=zero3", "engine.allow_zero3_adapters=true"]
+CASES = [
+    Case(
+        "deepspeed-mixed-dtypes",
+        "sft",
+        ALLOWED,
+        ["on deepspeed 0.19.2", "Run `pip install 'deepspeed>=0.19.8'`."],
+        versions={"deepspeed": "0.19.2"},
+    ),
+    Case(
+        "deepspeed-frozen-checkpointing",
+        "ppo",
+        [*ALLOWED, "engine.checkpointing=true", "engine.dtype=fp32"],
+        ["engine.checkpointing=true", "deepspeed 0.19.1:", "'deepspeed>=0.19.8'"],
+        versions={"deepspeed": "0.19.1"},
+    ),
+    Case(
+        "library-bounds",
+        "rm",
+        [],
+        [
+            "torch 2.14.1 (>=2.11,<2.14 is needed), deepspeed 0.19.3 (>=0.19.8 is needed):",
+            "Run `pip install 'torch>=2.11,<2.14' 'deepspeed>=0.19.8'`.",
+        ],
+        versions={"torch": "2.14.1", "deepspeed": "0.19.3"},
+    ),
+    Case(
+        "method-zero-stage",
+        "sft",
+        ["engine=zero2"],
+        ["engine.zero_stage=2 with method=lora", "a reset is undone.", "Use engine=zero1."],
+        only_stages=(0, 1),
+    ),
+    Case("zero3-adapter", "ppo", ["engine=zero3"], ["method=lora", "Use engine=zero2."]),
+    Case("ppo-dropout", "ppo", ["method.dropout=0.1"], ["method.dropout=0.1 in PPO"]),
+    Case(
+        "train-batch-processes",
+        "rm",
+        [],
+        ["train.batch_size=16 on 3 proc", "Use train.batch_size=18 train.micro_batch_size=6."],
+        facts={"processes": 3},
+    ),
+    Case(  # the batch fits, its micro-batches do not: it keeps its size, so results stay the same
+        "train-batch-processes",
+        "sft",
+        [],
+        ["Use train.batch_size=16 train.micro_batch_size=8."],
+        facts={"processes": 2},
+    ),
+    Case(
+        "ppo-batch-processes",
+        "ppo",
+        [],
+        ["ppo.minibatches=4 on 3", "Use ppo.batch_size=72 ppo.micro_batch_size=6."],
+        facts={"processes": 3},
+    ),
+    Case(
+        "ppo-answers-processes",
+        "ppo",
+        ["algorithm=grpo", "sampling.per_prompt=32", "ppo.micro_batch_size=1"],
+        ["sampling.per_prompt=32 on 4", "Use ppo.batch_size=128 ppo.micro_batch_size=1."],
+        facts={"processes": 4},
+    ),
+    Case(
+        "fp16-device",
+        "sft",
+        ["engine.dtype=fp16"],
+        ["(CPU)", "`Type fp16 is not supported on your device.`", "Use engine.dtype=fp32."],
+        facts={"device": CPU},
+    ),
+    Case("fp16-device", "sft", ["engine.dtype=fp16"], ["P100"], facts={"device": P100}),
+    Case(
+        "fp16-needless",
+        "rm",
+        ["engine.dtype=fp16"],
+        ["NVIDIA H200", "Use engine.dtype=bf16."],
+        facts={"device": H200},
+    ),
+    Case("bf16-cpu", "ppo", ["engine.dtype=bf16"], ["5 to 8 times"], facts={"device": CPU}),
+    Case("fp16-not-yet", "sft", ["engine.dtype=fp16"], ["loss scaling"], facts={"device": T4}),
+    Case("zero3-adapter-not-yet", "ppo", ALLOWED, ["split over the processes"]),
+    Case("offload-not-yet", "sft", ["engine=zero2_offload"], ["engine.offload=true"]),
+]
+
+
+def compose(stage: str, *overrides: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYDRA_FULL_ERROR", "1")  # compose sets it
+        patch.setattr(sys, "argv", [f"{stage}.py", *overrides])
+        return launch.compose(stage)
+
+
+def said(cfg: Any, known: guards.Facts) -> list[str]:
+    """What both passes have to say."""
+    try:
+        notes = guards.check(cfg, known)
+        return notes if known.device is guards.UNKNOWN else guards.check_device(cfg, known)
+    except ConfigError as refusal:
+        return [str(refusal)]
+
+
+def expect(case: Case) -> None:
+    """The rule speaks about its case, says what it should, and is silent after its way out."""
+    rule = next(rule for rule in guards.RULES if rule.name == case.rule)
+    plain = guards.facts()
+    known = replace(plain, versions=plain.versions | case.versions, **case.facts)
+    with pytest.MonkeyPatch.context() as patch:
+        # What is not built yet hides what is about it.
+        built = [r for r in guards.RULES if r is rule or not r.name.endswith("-not-yet")]
+        patch.setattr(guards, "RULES", built)
+        if case.only_stages is not None:
+            row = replace(
+                METHODS["lora"], zero_stages=case.only_stages, zero_reason="a reset is undone."
+            )
+            patch.setitem(METHODS, "lora", row)
+        cfg = compose(case.stage, *case.overrides)
+        (message,) = said(cfg, known)
+        assert message.startswith(f"[{rule.name}] "), message
+        assert all(words in message for words in case.says), message
+        assert "{" not in message
+        way = rule.filled(rule.way_out, cfg, known)
+        assert way in message
+        if way.startswith("pip install "):
+            for wanted in map(Requirement, shlex.split(way)[2:]):
+                here = plain.versions[wanted.name]
+                assert wanted.specifier.contains(here)
+                known = replace(known, versions={**known.versions, wanted.name: here})
+        else:
+            cfg = compose(case.stage, *case.overrides, *way.split())
+        assert said(cfg, known) == []
+
+
+def before_torch() -> list[Case]:
+    on_device = {rule.name for rule in guards.RULES if rule.on_device}
+    return [case for case in CASES if case.rule not in on_device]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c not in before_torch()], ids=lambda case: case.rule
+)
+def test_a_rule_about_the_device_speaks_and_its_way_out_is_open(case):
+    expect(case)
+
+
+def test_the_other_rules_speak_without_torch_and_their_ways_out_are_open():
+    code = (
+        "import sys, test_guards\n"
+        "for case in test_guards.before_torch():\n"
+        "    test_guards.expect(case)\n"
+        "    assert 'torch' not in sys.modules, case\n"
+        "print('done')\n"
+    )
+    paths = [str(Path(__file__).parent), str(PROJECT)]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_every_rule_has_a_case_above_and_a_name_of_its_own():
     names = [rule.name for rule in guards.RULES]
-    assert set(names) == {rule for rule in TABLE.values() if rule} | {"ppo-dropout"}
+    assert set(names) == {case.rule for case in CASES}
     assert len(set(names)) == len(names)
 
 
-def test_every_way_out_that_a_rule_names_is_open():
-    for rule in guards.RULES:
-        for method in METHOD.values():
-            guards.check(
-                SimpleNamespace(stage="sft", method=method, engine=EngineConfig(zero_stage=2))
-            )
-        assert "engine=zero2" in rule.message or rule.name == "ppo-dropout"
-    assert (CONF / "engine" / "zero2.yaml").is_file()
+def test_allowing_adapters_in_zero3_allows_only_what_the_table_has(monkeypatch):
+    cfg = sft(zero_stage=3, allow_zero3_adapters=True)
+    built = [rule for rule in guards.RULES if not rule.name.endswith("-not-yet")]
+    monkeypatch.setattr(guards, "RULES", built)
+    assert guards.check(cfg) == []
+    row = replace(METHODS["lora"], zero_stages=(0, 1, 2), zero_reason="it hangs.")
+    monkeypatch.setitem(METHODS, "lora", row)
+    with pytest.raises(ConfigError, match=r"^\[method-zero-stage\].* it hangs\. Use engine=zero2"):
+        guards.check(cfg)
+
+
+def test_a_library_rule_asks_for_its_versions_and_for_the_settings():
+    def rule_of(version: str, **engine: Any) -> str:
+        known = guards.facts()
+        known = replace(known, versions=known.versions | {"deepspeed": version})
+        cfg = sft(zero_stage=3, allow_zero3_adapters=True, **engine)
+        return said(cfg, known)[0].split("]")[0].lstrip("[")
+
+    assert rule_of("0.19.2") == "deepspeed-mixed-dtypes"
+    assert rule_of("0.19.2+cu130", dtype="bf16") == "deepspeed-mixed-dtypes"
+    assert rule_of("0.19.2", dtype="fp32") == "library-bounds"
+    assert rule_of("0.19.2", method="full") == "library-bounds"
+    assert rule_of("0.19.1") == "library-bounds"
+    assert rule_of("0.19.1", checkpointing=True) == "deepspeed-frozen-checkpointing"
+    assert rule_of("0.19.3rc1", checkpointing=True) == "library-bounds"
+    assert rule_of("0.19.20") == "zero3-adapter-not-yet"
+
+
+# ---------------------------------------------------------------- versions
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "inside"),
+    [
+        ("0.19.10", ">=0.19.9", True),  # as strings it would be the other way round
+        ("0.19.9", ">=0.19.10", False),
+        ("0.19.10", "<0.19.9", False),
+        ("1.9", ">=1.13", False),
+        ("2.13.0+cpu", ">=2.11,<2.14", True),
+        ("2.13.1.dev20260101+cu130", ">=2.11,<2.14", True),
+        ("2.12.0a0+0e4e9a5", ">=2.11,<2.14", True),  # builds for clusters are named so
+        ("2.11.0rc1", ">=2.11,<2.14", False),
+        ("2.14.0a0", ">=2.11,<2.14", False),
+        ("2.14.0", ">=2.11,<2.14", False),
+        ("0.19.8rc1", ">=0.19.8", False),
+        ("no version", ">=0.19.8", False),
+    ],
+)
+def test_versions_are_compared_as_versions(version, bounds, inside):
+    assert guards.within(version, bounds) is inside
+
+
+def test_the_bounds_are_those_of_pyproject_and_hold_here():
+    needs = guards.needed()
+    assert needs["torch"] == ">=2.11,<2.14"
+    assert needs["trl"] == ">=1.13"
+    assert needs["hydra-core"] == ">=1.3.2,<1.4"
+    assert guards.facts().outside == {}
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "wanted"),
+    [("trl", "1.12.0", ">=1.13"), ("torch", "2.10.1", ">=2.11,<2.14"), ("peft", "0.9", ">=0.21")],
+)
+def test_what_is_installed_despite_the_bounds_is_refused(monkeypatch, library, version, wanted):
+    found = guards.importlib.metadata.version
+    monkeypatch.setattr(
+        guards.importlib.metadata,
+        "version",
+        lambda name: version if name == library else found(name),
+    )
+    with pytest.raises(ConfigError) as caught:
+        guards.check(sft())
+    assert str(caught.value).startswith(
+        f"[library-bounds] installed: {library} {version} ({wanted} is needed): "
+    )
+
+
+def test_a_library_that_is_missing_is_left_to_who_imports_it(monkeypatch):
+    def version(name: str) -> str:
+        raise guards.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(guards.importlib.metadata, "version", version)
+    assert guards.facts().versions == {}
+    assert guards.check(sft()) == []
+
+
+# ---------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """`command(main, "ppo.steps=3")`: the exit code of a ppo stage that starts no rank.
+
+    Signals and variables are afterwards as they were.
+    """
+    for name in ("NPROC", "RANK", "WORLD_SIZE", "HYDRA_FULL_ERROR", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launch, "start_ranks", lambda count: 0)
+
+    def run(main: Callable[[Any], None], *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *arguments])
+        return launch._run("ppo", main)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
+LAUNCHED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("env", [{"NPROC": "3"}, LAUNCHED], ids=["NPROC", "launched"])
+def test_a_batch_that_cannot_be_split_is_refused_before_a_rank_is_started(
+    command, monkeypatch, capsys, env
+):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert command(lambda cfg: None) == 2
+    assert "refused: [ppo-batch-processes] " in capsys.readouterr().err
+    assert command(lambda cfg: None, "ppo.batch_size=72", "ppo.micro_batch_size=6") == 0
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8, 12])
+@pytest.mark.parametrize(("batch", "micro"), [(64, 16), (24, 5), (60, 4), (1, 1)])
+def test_the_sizes_that_are_named_fit_and_change_as_little_as_they_can(
+    batch, micro, processes, parts
+):
+    sizes = SimpleNamespace(batch_size=batch, micro_batch_size=micro)
+    found = guards._sizes(sizes, processes * parts, processes * parts)
+    assert found["batch"] % (processes * parts * found["micro"]) == 0
+    assert 1 <= found["micro"] <= micro
+    assert found["batch"] >= batch
+    if batch % (processes * parts) == 0:
+        assert found["batch"] == batch
+        if batch // parts % (processes * micro) == 0:
+            assert found["micro"] == micro
+
+
+# ---------------------------------------------------------------- notes
+
+
+def test_a_note_is_said_once_and_the_stage_goes_on(command, monkeypatch, capsys):
+    note = replace(guards.RULES[0], library=None, applies=lambda cfg, facts: True, refuses=False)
+    monkeypatch.setattr(guards, "RULES", [note])
+    seen: list[Any] = []
+    assert command(seen.append) == 0
+    assert capsys.readouterr().err.count("[deepspeed-mixed-dtypes] ") == 1
+    assert len(seen) == 1
+    monkeypatch.setenv("NPROC", "2")  # rank 0 says it
+    assert command(seen.append) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_device_is_looked_at_where_it_is_not_given(monkeypatch):
+    cfg = sft(dtype="bf16")
+    assert guards.check(cfg) == []
+    monkeypatch.setattr(guards, "device", lambda: H200)
+    assert guards.check_device(cfg) == []
+    monkeypatch.setattr(guards, "device", lambda: CPU)
+    (note,) = guards.check_device(cfg)
+    assert note.startswith("[bf16-cpu] engine.dtype=bf16 on a CPU: ")
+    assert guards.check_device(sft(dtype="fp32")) == guards.check_device(sft()) == []
+
+
+def test_fp16_is_for_gpus_without_bf16(monkeypatch):
+    monkeypatch.setattr(guards, "RULES", [r for r in guards.RULES if r.name != "fp16-not-yet"])
+    cfg = sft(dtype="fp16")
+    on = {device: said(cfg, replace(guards.facts(), device=device)) for device in (T4, H200, CPU)}
+    assert on[T4] == []
+    assert [text.split("]")[0] for text in (*on[H200], *on[CPU])] == [
+        "[fp16-needless",
+        "[fp16-device",
+    ]
+
+
+def test_this_device_is_a_cpu_or_a_gpu_with_a_name():
+    torch = pytest.importorskip("torch")
+    found = guards.device()
+    assert (found.gpus > 0) is torch.cuda.is_available()
+    assert found == CPU or found.name not in ("", "CPU")
+
+
+# ---------------------------------------------------------------- the table of methods
 
 
 def test_the_table_of_methods_is_that_of_conf():
@@ -72,8 +445,11 @@ def test_the_table_of_methods_is_that_of_conf():
     assert all(name == row.name for name, row in METHODS.items())
 
 
-def test_zero3_is_never_allowed_for_an_adapter():
-    assert [row.name for row in METHODS.values() if row.adapter and row.zero3] == []
+def test_a_method_that_is_not_right_in_a_zero_stage_says_what_goes_wrong():
+    for row in METHODS.values():
+        assert row.zero_stages
+        assert set(row.zero_stages) <= {0, 1, 2, 3}
+        assert bool(row.zero_reason) is (row.zero_stages != (0, 1, 2, 3)), row
 
 
 # ---------------------------------------------------------------- how soon
@@ -133,9 +509,8 @@ def test_the_other_stages_refuse_it_too(tmp_path, trapped, stage):
 
 
 def test_dropout_is_refused_in_ppo_and_only_there():
-    method, engine = LoraConfig(dropout=0.1), EngineConfig()
-    for stage in ("sft", "rm"):
-        guards.check(SimpleNamespace(stage=stage, method=method, engine=engine))
+    assert guards.check(compose("sft", "method.dropout=0.1")) == []
+    assert guards.check(compose("rm", "method.dropout=0.1")) == []
     with pytest.raises(ConfigError, match=r"^\[ppo-dropout\] method\.dropout=0\.1"):
-        guards.check(SimpleNamespace(stage="ppo", method=method, engine=engine))
-    guards.check(SimpleNamespace(stage="ppo", method=FullConfig(), engine=engine))
+        guards.check(compose("ppo", "method.dropout=0.1"))
+    assert guards.check(compose("ppo", "method=full")) == []

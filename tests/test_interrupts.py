@@ -62,3 +62,30 @@ def test_handlers_come_back_after_an_error():
         raise ValueError("x")
     with pytest.raises(interrupts.Terminated):
         send(signal.SIGTERM)
+
+
+def test_one_ctrl_c_reaches_a_launchers_rank_twice(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    clock = [100.0]
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: clock[0])
+    with interrupts.held() as held:
+        send(signal.SIGINT)
+        send(signal.SIGTERM)  # the launcher's echo
+        assert held.asked == signal.SIGINT
+        clock[0] += interrupts.ECHO
+        with pytest.raises(KeyboardInterrupt):  # a second one
+            send(signal.SIGINT)
+
+
+def test_whether_it_was_told_to_end():
+    assert not interrupts.told_to_end()
+    with interrupts.held():
+        send(signal.SIGTERM)
+    assert interrupts.told_to_end()
+    interrupts.terminate_in_order()
+    assert not interrupts.told_to_end()
+
+
+def test_a_process_that_is_ending_ends_undisturbed():
+    interrupts.leave_undisturbed()
+    send(signal.SIGTERM)

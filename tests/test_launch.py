@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from rlhf import launch
+from rlhf import interrupts, launch
 from rlhf.config import PROJECT, RUN_NAME
 from rlhf.errors import ConfigError, DataError, RegistryError, ShapeError, StoppedByGuard
+from rlhf.ranks import LAUNCHED, PARENT, adopt_launcher, first_host, slurm_port
 
 EMPTY_ANSWER = (
     '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}'
@@ -31,7 +32,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    for name in ("HYDRA_FULL_ERROR", "OMP_WAIT_POLICY", "RANK", "NPROC"):
+    slurm = [name for name in os.environ if name.startswith("SLURM_")]
+    for name in ("HYDRA_FULL_ERROR", "OMP_WAIT_POLICY", "NPROC", PARENT, *LAUNCHED, *slurm):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     handler = signal.getsignal(signal.SIGTERM)
@@ -43,7 +45,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def composed() -> Any:
     """The ppo stage as it is: composing costs a quarter of a second, so it is done once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ppo.py"])
+        patch.setattr(sys, "argv", ["ppo.py", "ppo.micro_batch_size=4"])  # for 2 processes too
         return launch.compose("ppo")
 
 
@@ -235,10 +237,216 @@ def test_showing_the_config_runs_nothing(run, capsys):
     assert os.listdir() == []
 
 
-def test_only_the_main_process_speaks(run, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+# ---------------------------------------------------------------- who speaks, of several ranks
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
+    """`as_rank(1)`: this process is rank 1 of 2; how long it waited for another one to speak.
+
+    While it waits its launcher tells it to end (`told`), or rank 0 fails.
+    """
+
+    def be(rank: int, *, told: bool = False, failed: bool = False) -> list[float]:
+        values = (str(rank), str(rank), "2", "127.0.0.1", "29500")
+        for name, value in zip(LAUNCHED, values, strict=True):
+            monkeypatch.setenv(name, value)
+        waits: list[float] = []
+
+        def wait(seconds: float) -> bool:
+            waits.append(seconds)
+            if told:
+                raise interrupts.Terminated
+            return failed
+
+        monkeypatch.setattr(launch.lifeline.main_failed, "wait", wait)
+        return waits
+
+    return be
+
+
+def test_what_every_rank_refuses_rank_0_says(run, capsys, as_rank):
+    for why in ("told", "failed"):
+        waits = as_rank(1, **{why: True})
+        assert run(never, "ppo.steps=0") == 2
+        assert waits == [launch.PATIENCE]
+        assert capsys.readouterr() == ("", "")
+    waits = as_rank(0, told=True)
     assert run(never, "ppo.steps=0") == 2
+    assert waits == []
+    assert capsys.readouterr().err.startswith("refused: ppo.steps=0")
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("mine."), 2), (StoppedByGuard("it."), 3)])
+def test_what_one_rank_alone_finds_out_is_not_lost(run, capsys, as_rank, error, code):
+    def main(cfg: object) -> None:
+        raise error
+
+    as_rank(1)
+    assert run(main) == code
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"\[rank 1 of 2 on \S+\] \w+: {error}\n", said), said
+
+
+def test_a_crash_of_another_rank_is_shown_unless_rank_0_crashed_too(run, as_rank):
+    def main(cfg: object) -> None:
+        raise ZeroDivisionError
+
+    as_rank(1)
+    with pytest.raises(ZeroDivisionError):
+        run(main)
+    as_rank(1, told=True)
+    assert run(main) == 1
+
+
+GLOO = (
+    "[/a/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:9: Connection reset by peer. This "
+    "is typically caused by a remote worker hanging."
+)
+
+
+def test_a_rank_that_lost_another_says_so_without_a_traceback(run, capsys, as_rank, monkeypatch):
+    def main(cfg: object) -> None:
+        raise RuntimeError(GLOO)
+
+    as_rank(0)
+    assert run(main) == 1
+    said = capsys.readouterr().err
+    reason = "Read error [127.0.0.1]:9: Connection reset by peer"
+    start = f"\nlost: another process has ended or is out of reach ({reason}). What it said stands"
+    assert said.startswith(start)
+    assert "The same command goes on from the last checkpoint" in said
+    as_rank(1, told=True)
+    assert run(main) == 1
+    monkeypatch.setenv(PARENT, "1")  # the one that started it says which one was lost
+    as_rank(0, told=True)
+    assert run(main) == 1
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("text", ["[enforce fail at /a/gloo/transport/tcp/pair.cc:4] x", "gloo"])
+def test_a_mistake_in_a_collective_call_stays_a_crash(run, as_rank, text):
+    def main(cfg: object) -> None:
+        raise RuntimeError(text)
+
+    as_rank(0)
+    with pytest.raises(RuntimeError):
+        run(main)
+
+
+def test_only_rank_0_says_that_it_was_interrupted(run, capsys, as_rank):
+    def main(cfg: object) -> None:
+        raise KeyboardInterrupt
+
+    waits = as_rank(1)
+    assert run(main) == 130
+    assert (capsys.readouterr().err, waits) == ("", [])
+
+
+# ---------------------------------------------------------------- launchers
+
+TORCHRUN = dict(zip(LAUNCHED, ("1", "1", "2", "node-a", "29500"), strict=True))
+SRUN = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_ID": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, TORCHRUN, {"WORLD_SIZE": "1"}, {"RANK": "0"}, {"SLURM_NTASKS": "1"}, TORCHRUN | SRUN],
+)
+def test_what_is_complete_is_left_as_it_is(environment):
+    given = dict(environment)
+    adopt_launcher(1, given)
+    assert given == environment
+
+
+def test_the_tasks_of_srun_find_each_other():
+    given = dict(SRUN)
+    adopt_launcher(1, given)
+    assert {name: given[name] for name in LAUNCHED} == {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": str(15000 + 31 * 71 + 2),
+    }
+    given = SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"}
+    adopt_launcher(1, given)
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("10.0.0.1", "4711")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a1", "a1"),
+        ("a1,b2", "a1"),
+        ("gpu[007-009,12],b", "gpu007"),
+        ("n[3,5]-ib", "n3-ib"),
+        ("rack-2-n[10-11]", "rack-2-n10"),
+        ("", ""),
+    ],
+)
+def test_the_first_machine_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_ports_of_a_job_are_below_those_that_are_given_out():
+    ports = [slurm_port(job, step) for job in (1, 71, 99_999_999) for step in range(20)]
+    assert len(set(ports)) == len(ports)
+    assert all(15000 <= port < 30000 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("processes", "environment", "message"),
+    [
+        (1, {"WORLD_SIZE": "2"}, r"WORLD_SIZE=2, but RANK is not set: .* torchrun"),
+        (1, TORCHRUN | {"MASTER_ADDR": ""}, r"WORLD_SIZE=2, but MASTER_ADDR not set: the 2 proc"),
+        (1, {"RANK": "0", "WORLD_SIZE": "2"}, r"LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
+        (1, TORCHRUN | {"RANK": "2"}, r"RANK=2 with WORLD_SIZE=2: ranks count from 0"),
+        (1, TORCHRUN | {"RANK": "x"}, r"RANK=x: it is a number"),
+        (2, TORCHRUN, r"NPROC=2 with RANK=1: .* Leave NPROC out"),
+        (1, {"SLURM_NTASKS": "4"}, r"SLURM_NTASKS=4, but .* `srun python \.\.\.`"),
+        (2, SRUN, r"NPROC=2 with SLURM_STEP_NUM_TASKS=4: .* Leave NPROC out"),
+        (1, SRUN | {"SLURM_STEP_NODELIST": ""}, r"WORLD_SIZE=4, but MASTER_ADDR not set"),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused(processes, environment, message):
+    with pytest.raises(ConfigError, match=message):
+        adopt_launcher(processes, dict(environment))
+
+
+def test_nproc_in_an_allocation_is_what_was_asked_for():
+    adopt_launcher(2, given := {"SLURM_NTASKS": "4"})
+    assert given == {"SLURM_NTASKS": "4"}
+    adopt_launcher(2, given := SRUN | {"SLURM_STEP_NUM_TASKS": "1"})
+    assert "RANK" not in given
+
+
+def test_a_stage_is_not_started_twice_over(run, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert run(never) == 2
+    assert "SLURM_NTASKS=4, but this process was not started by srun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=0"])
+def test_an_old_launchers_flag_is_no_override(run, flag):
+    seen = []
+    assert run(seen.append, flag, "ppo.steps=3") == 0
+    assert seen[0].ppo.steps == 3
+    assert flag not in sys.argv
+
+
+def test_ranks_do_not_sweep(run, capsys, as_rank):
+    as_rank(0)
+    assert run(never, "-m", "seed=1,2") == 2
+    assert "-m with WORLD_SIZE=2: every rank would sweep by itself" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- several processes
@@ -247,16 +455,16 @@ def test_only_the_main_process_speaks(run, capsys, monkeypatch):
 def test_nproc_starts_ranks_and_returns_their_code(run, monkeypatch):
     asked = []
     monkeypatch.setattr(launch, "start_ranks", lambda count: asked.append(count) or 7)
-    monkeypatch.setenv("NPROC", "3")
-    assert run(never) == 7
+    monkeypatch.setenv("NPROC", "4")
+    assert run(never, "ppo.micro_batch_size=4") == 7
     assert run(never, "ppo.steps=0") == 2  # refused before a rank is started
-    assert asked == [3]
+    assert asked == [4]
     monkeypatch.setenv("RANK", "0")  # this is a rank already
-    assert run(nothing) == 0
+    assert run(never) == 2
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("NPROC", "1")
     assert run(nothing) == 0
-    assert asked == [3]
+    assert asked == [4]
 
 
 @pytest.mark.parametrize("value", ["two", "0", "-1", "1.5"])
@@ -300,7 +508,7 @@ def test_ranks_get_their_place_and_the_same_command(ranks, tmp_path):
     code = (
         "import json\n"
         "names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR',\n"
-        "         'MASTER_PORT']\n"
+        "         'MASTER_PORT', 'NPROC', 'RLHF_PARENT']\n"
         "found = {name: os.environ[name] for name in names} | {'arguments': sys.argv[1:]}\n"
         "(out / f'{rank}.json').write_text(json.dumps(found))\n"
     )
@@ -314,6 +522,8 @@ def test_ranks_get_their_place_and_the_same_command(ranks, tmp_path):
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
+        "NPROC": "1",  # a rank starts none
+        "RLHF_PARENT": str(os.getpid()),
         "arguments": ["ppo.steps=3", "run=a b"],
     }
 
@@ -343,8 +553,23 @@ def test_a_rank_that_hears_no_signal_is_killed_in_the_end(ranks, tmp_path, monke
     assert gone(tmp_path, 0)
 
 
-def test_a_rank_that_was_killed_counts_as_failed(ranks):
-    assert ranks("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None\n") == 128 + 9
+def test_a_rank_that_was_killed_counts_as_failed_and_is_named(ranks, capfd, monkeypatch):
+    # The other one ends too, with 1, as one left alone does; the parent sees both at once.
+    clock = SimpleNamespace(sleep=lambda _: time.sleep(2), monotonic=time.monotonic)
+    monkeypatch.setattr(launch, "time", clock)
+    code = (
+        "if rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "wait_for('pid1')\n"
+        "stat = pathlib.Path('/proc') / (out / 'pid1').read_text() / 'stat'\n"
+        "while stat.exists() and ') Z' not in stat.read_text():\n    time.sleep(0.01)\n"
+        "sys.exit(1)\n"
+    )
+    assert ranks(code) == 128 + 9
+    said = capfd.readouterr().err
+    assert said.startswith(
+        "\nlost: rank 1 of 2 was ended by SIGKILL (the kernel does that when mem"
+    )
+    assert "nothing was published. The same command goes on" in said
 
 
 def test_an_interrupted_parent_takes_its_ranks_along(ranks, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf import parts
+from rlhf.errors import RegistryError
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(12.0).reshape(4, 3),
@@ -106,6 +107,17 @@ def test_a_file_cut_short_is_named_not_raised(folder, size):
     file.write_bytes(file.read_bytes()[:size])
     (said,) = parts.changed(folder)
     assert said.startswith("weights (model.safetensors: not whole safetensors")
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "adapter/adapter_model.safetensors"])
+def test_weights_that_were_never_gathered_are_refused(tmp_path, place):
+    """What ZeRO-3 leaves of a weight that is saved without being gathered: a name, no value."""
+    (tmp_path / "adapter").mkdir()
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(1)}, tmp_path / place)
+    parts.refuse_empty(tmp_path)
+    save_file({"a": torch.ones(2, 3), "b": torch.empty(0)}, tmp_path / place)
+    with pytest.raises(RegistryError, match=r"1 of the tensors that were written are empty \(b,"):
+        parts.refuse_empty(tmp_path)
 
 
 def test_a_lost_record_is_named(folder):

@@ -114,8 +114,8 @@ PLANTED = (
     Planted(
         bug="the reference is what lies under the SFT adapter",
         file="rlhf/roles.py",
-        old="reference=freeze(load_parent(load_causal, sft, tokenizer, dtype))",
-        new="reference=freeze(load_causal(sft.under or sft.model_dir, tokenizer, dtype=dtype))",
+        old="freeze(load_parent(load_causal, sft, tokenizer, dtype))",
+        new="freeze(load_causal(sft.under or sft.model_dir, tokenizer, dtype=dtype))",
         caught_by=(
             "test_peer_bugs.py::test_the_reference_is_the_sft_model_and_not_its_base[a checkpoint]",
         ),
@@ -152,7 +152,7 @@ PLANTED = (
         cfg=cfg.sampling,
         pad_id=renderer.pad_id,
         eos_id=renderer.eos_id,
-        device=default_device(),
+        device=engine.device(),
     )
 """,
         new="""
@@ -164,7 +164,7 @@ PLANTED = (
         cfg=cfg.sampling,
         pad_id=renderer.pad_id,
         eos_id=renderer.eos_id,
-        device=default_device(),
+        device=engine.device(),
     )
     for row, ids in enumerate(drawn.answer_ids()):
         text = renderer.tokenizer.decode(ids)

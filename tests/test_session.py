@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlhf import ranks
 from rlhf.config import (
     DataConfig,
     EngineConfig,
@@ -56,7 +57,8 @@ def splits() -> dict[str, Split]:
 
 
 def write_model(text: str, folder: Path) -> None:
-    (folder / "model.safetensors").write_text(text)
+    if ranks.is_main():
+        (folder / "model.safetensors").write_text(text)
 
 
 def work(session: Session) -> None:

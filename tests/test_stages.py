@@ -104,6 +104,44 @@ def test_another_seed_gives_other_numbers(line, monkeypatch):
     assert numbers(line, "ppo", "other") != numbers(line, "ppo")
 
 
+LONG = "Tell me all about it. " * 60
+
+
+def test_rows_beyond_the_models_positions_are_refused(tmp_path, monkeypatch, capfd):
+    """Not trained on in silence: the built-in base has positions for 512 tokens."""
+    turns = [{"role": "user", "content": LONG}, {"role": "assistant", "content": LONG}]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    given = [f"runs_dir={tmp_path}", "tracking=off", f"data.path={tmp_path}"]
+    given += ["data.max_prompt_tokens=999", "data.max_response_tokens=999"]
+    assert run_stage(monkeypatch, "sft", *given) == 2
+    said = capfd.readouterr().err
+    assert "tokens, but the model has positions for 512. Lower data.max_prompt_tokens or" in said
+
+
+def test_zero3_publishes_what_zero2_does(tmp_path, monkeypatch):
+    """Every weight is split, so what is saved without being gathered would be empty."""
+    from safetensors.torch import load_file
+
+    lines = {"zero2": [], "zero3": ["engine.partition_threshold=0"]}
+    for name, more in lines.items():
+        given = ["method=full", f"engine={name}", "ppo.learning_rate=1e-4", *more]
+        for stage, sizes in SMALL.items():
+            own = [g for g in given if stage == "ppo" or not g.startswith("ppo.")]
+            fixed = [f"runs_dir={tmp_path / name}", "tracking=off", *sizes, *own]
+            assert run_stage(monkeypatch, stage, *fixed) == 0
+    for stage in SMALL:
+        found = [numbers(tmp_path / name, stage) for name in lines]
+        for two, three in zip(*found, strict=True):
+            two.pop("proof/ratio", None)  # rounding alone
+            assert {k: three[k] for k in two} == pytest.approx(two, rel=1e-2, abs=1e-4), stage
+        weights = [
+            load_file(tmp_path / name / stage / "tiny/model/model.safetensors") for name in lines
+        ]
+        for name, tensor in weights[0].items():  # Adam makes whole steps of rounding here and there
+            assert float((weights[1][name] - tensor).abs().mean()) < 1e-5, f"{stage}: {name}"
+
+
 def test_a_finished_run_is_left_alone(line, monkeypatch, capfd):
     before = snapshot(line / "ppo" / "tiny")
     fixed = [f"runs_dir={line}", "tracking=off", *SMALL["ppo"]]

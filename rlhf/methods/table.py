@@ -12,20 +12,23 @@ class Method:
         title: one line for people.
         adapter: trains added weights beside a frozen base, rather than the base itself.
         mergeable: the added weights can be folded into the base exactly (up to rounding).
-        zero3: right under ZeRO-3 without gathering parameters by hand.
+        zero_stages: the ZeRO stages under which its training was measured to be right; the others
+            are refused (`method-zero-stage` in guards.py).
+        zero_reason: what goes wrong under the others; empty where there are none.
     """
 
     name: str
     title: str
     adapter: bool
     mergeable: bool
-    zero3: bool
+    zero_stages: tuple[int, ...]
+    zero_reason: str = ""
 
 
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("full", "every weight", adapter=False, mergeable=False, zero3=True),
-        Method("lora", "low-rank adapters", adapter=True, mergeable=True, zero3=False),
+        Method("full", "every weight", adapter=False, mergeable=False, zero_stages=(0, 1, 2, 3)),
+        Method("lora", "low-rank adapters", adapter=True, mergeable=True, zero_stages=(0, 1, 2, 3)),
     )
 }

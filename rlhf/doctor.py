@@ -1,0 +1,202 @@
+"""What this machine has, what the project needs, and what stages refuse: `rlhf doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import tempfile
+import textwrap
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf import guards, tracking
+from rlhf.config import PROJECT
+from rlhf.guards import within
+from rlhf.methods.table import METHODS
+
+WANDB_URL = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One line of the table of libraries; `installed` is None where it is missing."""
+
+    name: str
+    installed: str | None
+    needs: str
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        problems: what would stop every run, and what to do; empty where nothing would.
+        libraries: python first, then those of pyproject.toml.
+        machine: device, cores, threads, runs, W&B, in words.
+        rules: the table of guards, in words.
+    """
+
+    problems: list[str]
+    libraries: list[Library]
+    machine: dict[str, str]
+    rules: list[dict[str, Any]]
+
+
+def examine(runs_dir: str) -> Report:
+    """Look at this machine. Imports torch, and writes nothing that stays."""
+    libraries = _libraries()
+    runs, unwritable = _runs(Path(runs_dir))
+    device, broken = _device()
+    machine = {
+        "device": device,
+        "cores": _cores(),
+        "threads": _threads(),
+        "runs": runs,
+        "W&B": _wandb(),
+    }
+    problems = [*_misfits(libraries), *broken, *unwritable]
+    return Report(problems, libraries, machine, rules_in_words())
+
+
+def _libraries() -> list[Library]:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    needs = {"python": project["requires-python"], **guards.needed()}
+    found = {name: guards.installed(name) for name in needs}
+    found["python"] = platform.python_version()
+    return [
+        Library(name, version, needs[name], version is not None and within(version, needs[name]))
+        for name, version in found.items()
+    ]
+
+
+def _misfits(libraries: list[Library]) -> list[str]:
+    wrong = {one.name: one.installed or "missing" for one in libraries if not one.fits}
+    if not wrong:
+        return []
+    texts = guards.misfits(wrong, {one.name: one.needs for one in libraries})
+    if "python" in wrong:
+        return [f"[library-bounds] {texts['found']}. Make an environment with that python."]
+    return [f"[library-bounds] {texts['found']}. Run `pip install {texts['wanted']}`."]
+
+
+def _device() -> tuple[str, list[str]]:
+    """The device in words, and what is wrong with it."""
+    try:
+        device = guards.device()
+    except Exception as error:  # a broken build, a missing driver: a doctor says so
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"not known: {reason}", [f"torch cannot be used: {reason}. Install it again."]
+    if device.gpus == 0:
+        return "CPU (no CUDA device is seen): fp32; bf16 works and is slow", []
+    dtypes = ["fp32", *(["bf16"] if device.bf16 else []), *(["fp16"] if device.fp16 else [])]
+    return f"{device.gpus} x {device.name}: {', '.join(dtypes)}", []
+
+
+def _cores() -> str:
+    there = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    return f"{usable}" if usable == there else f"{usable} of {there} may be used"
+
+
+def _threads() -> str:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    waiting = os.environ.get("OMP_WAIT_POLICY")
+    each = f"OMP_NUM_THREADS={threads}" if threads else "OMP_NUM_THREADS not set: one per core"
+    return f"{each}; OMP_WAIT_POLICY={waiting or 'PASSIVE, as stages set it'}"
+
+
+def _runs(folder: Path) -> tuple[str, list[str]]:
+    """Free disk in words, and whether no run could be written."""
+    folder = folder.expanduser().absolute()
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free / 1e9
+        with tempfile.TemporaryFile(dir=there):
+            return f"{folder}: {free:.1f} GB free, can be written", []
+    except OSError as error:
+        said = f"cannot be written: {error.strerror}"
+        way = "Name another folder with runs_dir= or RLHF_RUNS."
+        return f"{folder}: {said}", [f"runs_dir={folder}: {said}. {way}"]
+
+
+def _wandb() -> str:
+    if mode := os.environ.get("WANDB_MODE"):
+        return f"WANDB_MODE={mode}"
+    if tracking.find_key(os.environ.get("WANDB_BASE_URL") or WANDB_URL) is None:
+        return "no key at hand: offline (`wandb login` makes it online, tracking=off leaves it out)"
+    return "a key is at hand: online"
+
+
+# ---------------------------------------------------------------- the rules, in words
+
+
+def rules_in_words() -> list[dict[str, Any]]:
+    """The table of guards; what differs from run to run is left open as `...`."""
+    return [
+        {
+            "name": rule.name,
+            "does": "refuses" if rule.refuses else "notes",
+            "when": "started" if rule.on_device else "composed",
+            "what": _open(rule.what),
+            "why": _open(rule.why),
+            "way_out": _open(rule.way_out),
+            "library": " ".join(rule.library or ()),
+            "issues": list(rule.issues),
+        }
+        for rule in guards.RULES
+    ]
+
+
+def _open(text: str) -> str:
+    return re.sub(r"\{[^}]*\}", "...", text)
+
+
+HEAD = """\
+# What is refused, and the way out
+
+Made by `rlhf doctor --markdown > docs/guards.md` from the tables in `rlhf/guards.py` and
+`rlhf/methods/table.py`. A rule is looked at when a stage is composed, before torch is imported; or,
+where it says *started*, when a process knows its device, before a weight is loaded. A refusal is
+one message and exit code 2; a note is printed, and the stage goes on. `...` stands for a value.
+"""
+
+METHOD_HEAD = """
+## Methods and ZeRO stages
+
+`method-zero-stage` refuses the stages that are not in a row: training was not right in them. For
+adapters `zero3-adapter` refuses stage 3 all the same, unless `engine.allow_zero3_adapters=true`.
+
+| method | what is trained | ZeRO stages | what goes wrong in the others |
+|---|---|---|---|
+"""
+
+
+def as_markdown() -> str:
+    """docs/guards.md."""
+    rows = [
+        f"| `{row.name}` | {row.title} | {', '.join(map(str, row.zero_stages))} "
+        f"| {row.zero_reason or '-'} |\n"
+        for row in METHODS.values()
+    ]
+    return "".join([HEAD, *map(_section, rules_in_words()), METHOD_HEAD, *rows])
+
+
+def _section(rule: dict[str, Any]) -> str:
+    about = f"{rule['does']}, {rule['when']}" + (f", {rule['library']}" if rule["library"] else "")
+    lines = [f"`{rule['what']}` ({about})", rule["why"][0].upper() + rule["why"][1:]]
+    lines.append(f"Way out: `{rule['way_out']}`")
+    if rule["issues"]:
+        lines.append(f"Public reports: {', '.join(map(_link, rule['issues']))}")
+    text = "\n\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
+    return f"\n## {rule['name']}\n\n{text}\n"
+
+
+def _link(issue: str) -> str:
+    repository, number = issue.split("#")
+    return f"[{issue}](https://github.com/{repository}/issues/{number})"
