@@ -165,7 +165,7 @@ class TrainConfig:
     epochs: float = 1.0
     max_steps: int | None = None  # optimizer steps; null: what epochs says
     batch_size: int = 64  # rows (RM: pairs) per optimizer step
-    micro_batch_size: int = 16  # rows per forward pass and process
+    micro_batch_size: int = 16  # rows per forward pass and process, at most
     warmup: float = 0.03  # share of all steps
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
@@ -182,15 +182,6 @@ class TrainConfig:
         _one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
         _between("train.warmup", self.warmup, 0, 1, "It is a share of all steps.")
         _above("train.max_grad_norm", self.max_grad_norm, 0, "1.0 is usual.")
-        _check_micro("train", self.batch_size, self.micro_batch_size)
-
-
-def _check_micro(group: str, batch: int, micro: int, name: str = "batch_size") -> None:
-    if batch % micro:
-        raise ConfigError(
-            f"{group}.{name}={batch} is not a multiple of {group}.micro_batch_size={micro}: rows "
-            f"are summed over whole micro-batches. Set {group}.micro_batch_size to a divisor."
-        )
 
 
 @dataclass
@@ -260,7 +251,7 @@ class PPOConfig:
 
     steps: int = 100  # rollout + update rounds
     batch_size: int = 64  # answers per step: batch_size / sampling.per_prompt prompts
-    micro_batch_size: int = 16  # sequences per forward pass and process
+    micro_batch_size: int = 16  # sequences per forward pass and process, at most
     epochs: int = 4  # passes over each rollout [N+]
     minibatches: int = 1  # optimizer steps per pass [N+]
     learning_rate: float = 1e-5
@@ -343,12 +334,6 @@ class PPOConfig:
                 f"ppo.batch_size={self.batch_size} cannot be split into "
                 f"ppo.minibatches={self.minibatches} equal parts. Choose a divisor."
             )
-        _check_micro(
-            "ppo",
-            self.batch_size // self.minibatches,
-            self.micro_batch_size,
-            "batch_size / ppo.minibatches",
-        )
 
 
 @dataclass

@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from rlhf.config import PROJECT
 from rlhf.errors import ConfigError
 from rlhf.methods.table import METHODS
-from rlhf.ranks import world_size
+from rlhf.ranks import rows_per_pass, world_size
 
 # ---------------------------------------------------------------- what is known beside the config
 
@@ -165,23 +165,35 @@ def misfits(wrong: Mapping[str, str], needs: Mapping[str, str]) -> dict[str, str
     }
 
 
-def _train_sizes(cfg: Any, known: Facts) -> dict[str, int]:
-    """The same or the next larger batch, and the largest micro-batch into which it splits."""
-    return _sizes(cfg.train, known.processes, known.processes)
+def _train_batch(cfg: Any, known: Facts) -> dict[str, int]:
+    """The same or the next larger batch that splits over the processes."""
+    return {"batch": _multiple(cfg.train.batch_size, known.processes)}
 
 
-def _ppo_sizes(cfg: Any, known: Facts) -> dict[str, int]:
-    """As for training: minibatches and the answers to a prompt stay whole on each process."""
-    parts = known.processes * cfg.ppo.minibatches
-    whole = math.lcm(parts, known.processes * cfg.sampling.per_prompt)
-    return _sizes(cfg.ppo, parts, whole)
+def _ppo_batch(cfg: Any, known: Facts) -> dict[str, int]:
+    """As for training: minibatches and the answers to a prompt stay whole."""
+    parts = math.lcm(cfg.ppo.minibatches, cfg.sampling.per_prompt or 1) * known.processes
+    return {"batch": _multiple(cfg.ppo.batch_size, parts)}
 
 
-def _sizes(sizes: Any, parts: int, whole: int) -> dict[str, int]:
-    batch = -(-sizes.batch_size // whole) * whole
-    rows = batch // parts
-    fitting = [size for size in range(1, sizes.micro_batch_size + 1) if rows % size == 0]
-    return {"batch": batch, "micro": max(fitting)}
+def _multiple(size: int, of: int) -> int:
+    return -(-size // of) * of
+
+
+def _pass_sizes(cfg: Any, known: Facts) -> dict[str, Any]:
+    """Rows of an optimizer step on one process, and of a forward pass: as asked and as it fits."""
+    group = "ppo" if cfg.stage == "ppo" else "train"
+    sizes = getattr(cfg, group)
+    rows = sizes.batch_size // (getattr(sizes, "minibatches", 1) * known.processes)
+    asked = sizes.micro_batch_size
+    fits = rows_per_pass(rows, asked) if rows else 0
+    larger = min((n for n in range(asked, rows + 1) if rows % n == 0), default=rows)
+    return {"group": group, "rows": rows, "asked": asked, "fits": fits, "larger": larger}
+
+
+def _in_small_parts(cfg: Any, known: Facts) -> bool:
+    sizes = _pass_sizes(cfg, known)
+    return 2 * sizes["fits"] < min(sizes["rows"], sizes["asked"])
 
 
 def _right_stages(cfg: Any, known: Facts) -> dict[str, Any]:
@@ -280,53 +292,54 @@ RULES = (
     Rule(
         name="train-batch-processes",
         applies=lambda cfg, facts: (
-            cfg.stage != "ppo"
-            and cfg.train.batch_size % (cfg.train.micro_batch_size * facts.processes) > 0
+            cfg.stage != "ppo" and cfg.train.batch_size % facts.processes > 0
         ),
-        values=_train_sizes,
+        values=_train_batch,
         what="train.batch_size={cfg.train.batch_size} on {facts.processes} processes",
-        why=(
-            "every process takes the same number of whole micro-batches, and those of "
-            "train.micro_batch_size={cfg.train.micro_batch_size} rows do not add up to the batch."
-        ),
-        way_out="train.batch_size={batch} train.micro_batch_size={micro}",
+        why="every process takes the same number of rows of each optimizer step.",
+        way_out="train.batch_size={batch}",
     ),
     Rule(
         name="ppo-batch-processes",
         applies=lambda cfg, facts: (
-            cfg.stage == "ppo"
-            and cfg.ppo.batch_size
-            // cfg.ppo.minibatches
-            % (cfg.ppo.micro_batch_size * facts.processes)
-            > 0
+            cfg.stage == "ppo" and cfg.ppo.batch_size // cfg.ppo.minibatches % facts.processes > 0
         ),
-        values=_ppo_sizes,
+        values=_ppo_batch,
         what=(
             "ppo.batch_size={cfg.ppo.batch_size} in ppo.minibatches={cfg.ppo.minibatches} on "
             "{facts.processes} processes"
         ),
-        why=(
-            "every process takes the same number of whole micro-batches, and those of "
-            "ppo.micro_batch_size={cfg.ppo.micro_batch_size} answers do not add up to a minibatch."
-        ),
-        way_out="ppo.batch_size={batch} ppo.micro_batch_size={micro}",
+        why="every process takes the same number of answers of each minibatch.",
+        way_out="ppo.batch_size={batch}",
     ),
     Rule(
         name="ppo-answers-processes",
         applies=lambda cfg, facts: (
             cfg.stage == "ppo"
-            and cfg.ppo.batch_size % (cfg.sampling.per_prompt * facts.processes) > 0
+            and cfg.ppo.batch_size % ((cfg.sampling.per_prompt or 1) * facts.processes) > 0
         ),
-        values=_ppo_sizes,
+        values=_ppo_batch,
         what=(
             "ppo.batch_size={cfg.ppo.batch_size} with sampling.per_prompt="
             "{cfg.sampling.per_prompt} on {facts.processes} processes"
         ),
         why=(
-            "the answers to one prompt stay on one process, and every process has as many prompts "
-            "as each other one."
+            "the answers to one prompt are drawn on one process, and every process has as many "
+            "prompts as each other one."
         ),
-        way_out="ppo.batch_size={batch} ppo.micro_batch_size={micro}",
+        way_out="ppo.batch_size={batch}",
+    ),
+    Rule(
+        name="small-passes",
+        refuses=False,
+        applies=_in_small_parts,
+        values=_pass_sizes,
+        what="{group}.micro_batch_size={asked} with {rows} rows on each process",
+        why=(
+            "forward passes are of one size that divides those rows, and the largest that does has "
+            "{fits}: slow."
+        ),
+        way_out="{group}.micro_batch_size={larger}",
     ),
     Rule(
         name="fp16-device",

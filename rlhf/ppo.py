@@ -22,9 +22,9 @@ from rlhf.config import EngineConfig, PPOConfig, PPOStage, SamplingConfig
 from rlhf.controllers import AdaptiveKL, FixedKL
 from rlhf.data import Row
 from rlhf.engine import Engine
-from rlhf.errors import ConfigError, StoppedByGuard
+from rlhf.errors import StoppedByGuard
 from rlhf.masking import masked_mean, masked_whiten
-from rlhf.ranks import world_size
+from rlhf.ranks import rank, rows_per_pass, world_size
 from rlhf.rewards import Rewards, Verdict, last_turn
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, mix, restrict
@@ -99,29 +99,12 @@ def engines(
     critic: nn.Module | None,
     cfg: PPOConfig,
     engine_cfg: EngineConfig,
-    *,
-    per_prompt: int = 1,
 ) -> tuple[Engine, Engine | None]:
     """Both models ready for `update`, each with its own optimizer and schedule.
 
     An algorithm without a critic has None for it, here and below.
-
-    Raises:
-        ConfigError: the minibatch cannot be split over the processes.
     """
-    minibatch, per_pass = cfg.batch_size // cfg.minibatches, cfg.micro_batch_size * world_size()
-    if minibatch % per_pass:
-        raise ConfigError(
-            f"ppo.batch_size / ppo.minibatches = {minibatch} is not a multiple of "
-            f"ppo.micro_batch_size={cfg.micro_batch_size} times {world_size()} processes. Change "
-            "one of them."
-        )
-    if cfg.batch_size % (per_prompt * world_size()):
-        raise ConfigError(
-            f"ppo.batch_size={cfg.batch_size} is not a multiple of sampling.per_prompt="
-            f"{per_prompt} times {world_size()} processes: the answers to one prompt stay on one "
-            "process. Change one of them."
-        )
+    rows, micro = _sizes(cfg)
 
     def make(module: nn.Module, learning_rate: float, schedule: str, steps: int) -> Engine:
         return Engine(
@@ -131,8 +114,8 @@ def engines(
             factor=engine.learning_rate_factor(
                 schedule, warmup=cfg.warmup, total=steps * cfg.epochs * cfg.minibatches
             ),
-            micro_batch_size=cfg.micro_batch_size,
-            accumulation=minibatch // per_pass,
+            micro_batch_size=micro,
+            accumulation=rows // micro,
             max_grad_norm=cfg.max_grad_norm,
         )
 
@@ -142,6 +125,12 @@ def engines(
         make(policy, cfg.learning_rate, cfg.schedule, cfg.steps - cfg.critic_warmup),
         make(critic, cfg.critic_learning_rate, cfg.critic_schedule or cfg.schedule, cfg.steps),
     )
+
+
+def _sizes(cfg: PPOConfig) -> tuple[int, int]:
+    """Rows of a minibatch on each process, and of a forward pass."""
+    rows = cfg.batch_size // cfg.minibatches // world_size()
+    return rows, rows_per_pass(rows, cfg.micro_batch_size)
 
 
 def save(policy: Engine, critic: Engine | None, folder: Path) -> None:
@@ -427,6 +416,35 @@ def _distinct_bigrams(batch: Batch) -> float:
 # ---------------------------------------------------------------- update
 
 
+def of_all_ranks(batch: Batch, *, per_prompt: int) -> Batch:
+    """The rows of every process in the order of one process, so that minibatches are the same.
+
+    Args:
+        batch: this process's part; see `rollout.share`.
+        per_prompt: consecutive rows that answer one prompt.
+    """
+    if world_size() == 1:
+        return batch
+    own = {f.name: getattr(batch, f.name).cpu() for f in fields(batch)}
+    parts = engine.gather_objects(own)
+    out = {}
+    for f in fields(batch):
+        tensors = [part[f.name] for part in parts]
+        if tensors[0].dim() == 2:
+            width = max(tensor.shape[1] for tensor in tensors)
+            tensors = [_widened(f.name, tensor, width) for tensor in tensors]
+        turns = [tensor.unflatten(0, (-1, per_prompt)) for tensor in tensors]  # prompts by turns
+        out[f.name] = torch.stack(turns, dim=1).flatten(0, 2).to(batch.prompts.device)
+    return Batch(**out)
+
+
+def _widened(name: str, tensor: Tensor, width: int) -> Tensor:
+    """With more padding, on the side where the field has it; masks are 0 there."""
+    more = width - tensor.shape[1]
+    sides = (more, 0) if name.startswith("prompt") else (0, more)
+    return nn.functional.pad(tensor, sides, value=-torch.inf if name == "floors" else 0)
+
+
 def update(
     policy: Engine,
     critic: Engine | None,
@@ -462,18 +480,19 @@ def update(
     for model in trained.values():
         model.module.train()
     rates = {f"{name}/learning_rate": model.learning_rate for name, model in trained.items()}
-    size = len(batch) // cfg.ppo.minibatches
+    batch = of_all_ranks(batch, per_prompt=cfg.sampling.per_prompt or 1)
+    size, micro_size = _sizes(cfg.ppo)
     turns = itertools.count((step - 1) * cfg.ppo.epochs * cfg.ppo.minibatches + 1)
     for _ in range(cfg.ppo.epochs):
         order = torch.randperm(len(batch), generator=generator).to(device)
-        for start in range(0, len(batch), size):
-            minibatch, turn = batch.rows(order[start : start + size]), next(turns)
+        for chosen in order.split(size * world_size()):
+            minibatch, turn = batch.rows(chosen[rank() :: world_size()]), next(turns)
             count = engine.sum_over_ranks(minibatch.response_mask.sum())
             for name, model in trained.items():
                 shown: Iterator[ptx.Shown | None] = itertools.repeat(None)
                 if demonstrations is not None and name == "policy":
                     shown = demonstrations.parts(turn, size)
-                for micro in minibatch.micro(cfg.ppo.micro_batch_size):
+                for micro in minibatch.micro(micro_size):
                     if name == "policy":
                         found = _train_policy(model, micro, count, cfg, kl_coef, next(shown))
                     else:

@@ -15,7 +15,7 @@ from rlhf.config import PPOStage
 from rlhf.data import PromptStream, Split
 from rlhf.losses import logprobs_of
 from rlhf.masking import masked_mean
-from rlhf.ranks import rank, world_size
+from rlhf.ranks import rank, rows_per_pass, world_size
 from rlhf.rollout import pad_left
 from rlhf.text import Renderer
 
@@ -44,7 +44,7 @@ class Demonstrations:
         rows: {"input_ids", "completion_mask"}, as `text.Renderer.sft` gives them.
         seed: of the order.
         pad_id: of the tokenizer.
-        micro_batch_size: rows per forward pass and process.
+        micro_batch_size: rows per forward pass, at most.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class Demonstrations:
         rows, device = [self._rows[place] for place in places], engine.device()
         own = torch.tensor(sum(sum(row["completion_mask"]) for row in rows), device=device)
         count = engine.sum_over_ranks(own)
-        for start in range(0, size, self._size):
-            part = rows[start : start + self._size]
+        width = rows_per_pass(size, self._size)
+        for start in range(0, size, width):
+            part = rows[start : start + width]
             ids, mask = pad_left([row["input_ids"] for row in part], self._pad_id, device)
             answer, _ = pad_left([row["completion_mask"] for row in part], 0, device)
             yield Shown(ids, mask, answer.bool(), count)

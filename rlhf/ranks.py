@@ -39,6 +39,11 @@ def name() -> str:
     return f"rank {rank()} of {world_size()} on {socket.gethostname()}"
 
 
+def rows_per_pass(rows: int, at_most: int) -> int:
+    """The size of a forward pass: the largest of `at_most` rows that divides a process's `rows`."""
+    return next(size for size in range(min(rows, at_most), 0, -1) if rows % size == 0)
+
+
 # ---------------------------------------------------------------- the launcher's variables
 
 

@@ -64,13 +64,17 @@ from rlhf.registry import (
     check_stage,
 )
 
-# Settings that cannot change results: they name folders, people and screens (first parts), or when
-# and where something is written or read. Data are compared by fingerprint, wherever they lie.
+# Settings that cannot change results: they name folders, people and screens (first parts), when
+# and where something is written or read, or the parts in which one sum is made (but for rounding).
+# Data are compared by fingerprint, wherever they lie.
 NO_RESULT = {"run", "run_name", "runs_dir", "overwrite", "tracking", "keep_checkpoints"}
 NO_RESULT |= {
     "data.path",
     "ppo.ptx_data",
     "evaluation.samples",
+    "engine.checkpointing",
+    "train.micro_batch_size",
+    "ppo.micro_batch_size",
     "train.save_every",
     "ppo.save_every",
 }

@@ -20,7 +20,6 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf import engine, models, ranks
 from rlhf.config import EngineConfig, TrainConfig
-from rlhf.errors import ConfigError
 from rlhf.keeper import Keeper
 from rlhf.tracking import Tracker
 
@@ -119,16 +118,11 @@ def _train(
         The held-out numbers before ("start/eval/loss", ...) and after training ("eval/loss", ...).
 
     Raises:
-        ConfigError: the batch size cannot be split over the processes.
         KeyboardInterrupt, Terminated: asked to stop, after a checkpoint.
     """
-    per_step = cfg.micro_batch_size * ranks.world_size()
-    if cfg.batch_size % per_step:
-        raise ConfigError(
-            f"train.batch_size={cfg.batch_size} is not a multiple of train.micro_batch_size="
-            f"{cfg.micro_batch_size} times {ranks.world_size()} processes. Change one of them."
-        )
-    accumulation = cfg.batch_size // per_step
+    rows = cfg.batch_size // ranks.world_size()
+    micro = ranks.rows_per_pass(rows, cfg.micro_batch_size)
+    accumulation = rows // micro
     steps = optimizer_steps(cfg, len(train_rows))
     schedule = "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
     with tempfile.TemporaryDirectory() as scratch:  # TRL wants a folder; it writes nothing
@@ -140,13 +134,13 @@ def _train(
             warmup_steps=round(cfg.warmup * steps),
             weight_decay=0.0,
             max_grad_norm=cfg.max_grad_norm,
-            per_device_train_batch_size=cfg.micro_batch_size,
-            per_device_eval_batch_size=cfg.micro_batch_size,
+            per_device_train_batch_size=micro,
+            per_device_eval_batch_size=micro,
             gradient_accumulation_steps=accumulation,
             optim="adamw_torch",
             deepspeed=engine.deepspeed_config(
                 engine_cfg,
-                micro_batch_size=cfg.micro_batch_size,
+                micro_batch_size=micro,
                 accumulation=accumulation,
                 max_grad_norm=cfg.max_grad_norm,
             ),

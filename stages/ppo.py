@@ -43,9 +43,7 @@ def main(cfg: config.PPOStage) -> None:
             reward = rewards.Rewards(cfg.reward, functions, reward_models)
             held_out = evaluate.HeldOut(splits["validation"].rows, renderer, cfg, gold, reward)
             each = cfg.sampling.per_prompt or 1
-            policy, critic = ppo.engines(
-                roles.policy, roles.critic, cfg.ppo, cfg.engine, per_prompt=each
-            )
+            policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
         session.opening(splits | shown, *models.count_parameters(roles.policy))
         session.note(golden.check_roles(roles, reward_models, sft, rms))
 

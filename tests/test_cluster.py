@@ -23,7 +23,7 @@ from test_stages import ROOT, SMALL, numbers
 
 pytestmark = pytest.mark.slow
 
-SFT = [str(ROOT / "stages" / "sft.py"), "tracking=off", *SMALL["sft"], "train.micro_batch_size=8"]
+SFT = [str(ROOT / "stages" / "sft.py"), "tracking=off", *SMALL["sft"]]
 BIN = Path(sys.executable).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LONG = ["train.max_steps=8", "train.save_every=2"]
@@ -151,10 +151,10 @@ def test_two_agents_with_a_static_rendezvous(one, tmp_path):
 
 def test_what_all_ranks_refuse_is_said_once(tmp_path):
     """After they have met: rank 0 takes its time to end."""
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *SFT, "train.batch_size=24"]
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *SFT, "train.batch_size=25"]
     code, said = ends(start(*command, f"runs_dir={tmp_path}"))
     assert code == 1
-    assert said.count("refused: train.batch_size=24 is not a multiple") == 1
+    assert said.count("refused: [train-batch-processes] train.batch_size=25 on 2") == 1
     assert "[rank 1" not in said
     assert not (tmp_path / "sft/tiny").exists()
 

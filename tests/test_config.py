@@ -71,7 +71,6 @@ REFUSED = [
     (TrainConfig, "train", "schedule", "cosin", "Choose one of: constant, linear, cosine"),
     (TrainConfig, "train", "warmup", 100, "It is a share of all steps"),
     (TrainConfig, "train", "max_grad_norm", 0.0, "1.0 is usual"),
-    (TrainConfig, "train", "batch_size", 24, "not a multiple of train.micro_batch_size=16"),
     (SamplingConfig, "sampling", "temperature", 0.0, "must be above 0. PPO samples"),
     (SamplingConfig, "sampling", "max_new_tokens", 0, "Nothing would be sampled"),
     (SamplingConfig, "sampling", "batch_size", 0, "It counts sequences"),
@@ -131,12 +130,9 @@ def test_no_setting_takes_infinity_or_no_number(kind, field, value):
         kind(**{field: value})
 
 
-def test_a_batch_that_cannot_be_split_names_both_settings():
+def test_a_batch_that_cannot_be_cut_names_both_settings():
     with pytest.raises(ConfigError, match=r"ppo\.batch_size=64 .* ppo\.minibatches=3 equal parts"):
         PPOConfig(minibatches=3)
-    with pytest.raises(ConfigError, match=r"ppo\.batch_size / ppo\.minibatches=8 .*_batch_size=16"):
-        PPOConfig(batch_size=64, minibatches=8, micro_batch_size=16)
-    assert PPOConfig(batch_size=64, minibatches=4, micro_batch_size=16).minibatches == 4
 
 
 def test_answers_to_a_prompt_must_divide_the_batch():

@@ -19,7 +19,14 @@ import pytest
 from rlhf import interrupts, launch
 from rlhf.config import PROJECT, RUN_NAME
 from rlhf.errors import ConfigError, DataError, RegistryError, ShapeError, StoppedByGuard
-from rlhf.ranks import LAUNCHED, PARENT, adopt_launcher, first_host, slurm_port
+from rlhf.ranks import (
+    LAUNCHED,
+    PARENT,
+    adopt_launcher,
+    first_host,
+    rows_per_pass,
+    slurm_port,
+)
 
 EMPTY_ANSWER = (
     '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}'
@@ -45,7 +52,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def composed() -> Any:
     """The ppo stage as it is: composing costs a quarter of a second, so it is done once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ppo.py", "ppo.micro_batch_size=4"])  # for 2 processes too
+        patch.setattr(sys, "argv", ["ppo.py"])
         return launch.compose("ppo")
 
 
@@ -449,6 +456,14 @@ def test_ranks_do_not_sweep(run, capsys, as_rank):
     assert "-m with WORLD_SIZE=2: every rank would sweep by itself" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("rows", "at_most", "size"),
+    [(16, 16, 16), (8, 16, 8), (16, 6, 4), (12, 8, 6), (17, 16, 1), (17, 17, 17), (5, 1, 1)],
+)
+def test_a_forward_pass_is_the_largest_part_that_divides_the_rows(rows, at_most, size):
+    assert rows_per_pass(rows, at_most) == size
+
+
 # ---------------------------------------------------------------- several processes
 
 
@@ -456,7 +471,7 @@ def test_nproc_starts_ranks_and_returns_their_code(run, monkeypatch):
     asked = []
     monkeypatch.setattr(launch, "start_ranks", lambda count: asked.append(count) or 7)
     monkeypatch.setenv("NPROC", "4")
-    assert run(never, "ppo.micro_batch_size=4") == 7
+    assert run(never) == 7
     assert run(never, "ppo.steps=0") == 2  # refused before a rank is started
     assert asked == [4]
     monkeypatch.setenv("RANK", "0")  # this is a rank already

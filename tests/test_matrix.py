@@ -23,12 +23,11 @@ from test_stages import ROOT, numbers
 
 ROWS = ["train.max_steps=4", "data.max_rows=48", "train.batch_size=16", "train.micro_batch_size=4"]
 ROWS += ["train.eval_every=2", "train.max_grad_norm=0.5", "train.learning_rate=1e-3"]
-# One minibatch: each process cuts its own rows into several, so those are other ones for two.
 SIZES = {
     "sft": [*ROWS, "evaluation.prompts=0"],
     "rm": ROWS,
     "ppo": [
-        *("ppo.steps=5", "ppo.batch_size=16", "ppo.micro_batch_size=2", "ppo.minibatches=1"),
+        *("ppo.steps=5", "ppo.batch_size=16", "ppo.micro_batch_size=3", "ppo.minibatches=2"),
         *("ppo.epochs=2", "sampling.max_new_tokens=10", "evaluation.prompts=4"),
         *("ppo.learning_rate=3e-4", "ppo.critic_learning_rate=3e-4", "ppo.eval_every=5"),
         *("ppo.max_grad_norm=0.5", "stop.patience=99"),

@@ -11,15 +11,14 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.testing import assert_close
 
 from rlhf import engine, models, ppo
 from rlhf.config import EngineConfig, FullConfig, LoraConfig, PPOConfig, PPOStage, SamplingConfig
-from rlhf.errors import ConfigError, StoppedByGuard
+from rlhf.errors import StoppedByGuard
 from rlhf.returns import gae, token_rewards
 from rlhf.roles import Roles
-from rlhf.rollout import sample
+from rlhf.rollout import sample, share
 
 PAD, EOS = 0, 2
 VOCABULARY = 24
@@ -308,7 +307,7 @@ def test_number_of_optimizer_steps(make_roles, monkeypatch, epochs, minibatches)
 @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
 def test_micro_batch_size_does_not_change_the_weights(make_roles, method):
     found = []
-    for micro in (8, 2, 1):
+    for micro in (8, 3, 1):  # three do not divide eight: two by two
         roles = make_roles(method)
         cfg = stage(micro_batch_size=micro, epochs=2, whiten_advantages=False)
         batch = noisy(ready(roles, replace_micro(cfg, 8)))
@@ -468,13 +467,6 @@ def test_nan_on_padding_stops_nothing(make_roles):
     assert stats["policy/ratio"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_minibatch_that_cannot_be_split_is_refused(make_roles, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    cfg = stage(micro_batch_size=4)
-    with pytest.raises(ConfigError, match=r"ppo\.minibatches = 8 is not a multiple of .*4 proc"):
-        ppo.engines(nn.Linear(1, 1), nn.Linear(1, 1), cfg.ppo, cfg.engine)
-
-
 # a task with a known answer ----------------------------------------------------------------------
 
 WANTED = 7
@@ -530,8 +522,37 @@ def test_ppo_learns_what_pays_unless_kl_costs_more(make_roles, monkeypatch):
 # processes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("each", [1, 2])
+def test_rows_of_all_ranks_are_in_the_order_of_one(make_roles, monkeypatch, each):
+    """Each rank's part is as narrow as its own rows; what is longer elsewhere is padding."""
+    cfg = stage()
+    cfg.sampling.per_prompt = each
+    roles = make_roles()
+    whole = ready(roles, cfg)
+    places = [
+        [prompt * each + i for prompt in range(r, 8 // each, 2) for i in range(each)]
+        for r in (0, 1)
+    ]
+    for field in fields(whole):  # the answers of one rank are short
+        tensor = getattr(whole, field.name)
+        if tensor.dim() == 2 and not field.name.startswith("prompt"):
+            tensor[places[1], 4:] = -torch.inf if field.name == "floors" else 0
+    parts = [whole.rows(torch.tensor(rows)) for rows in places]
+    assert len({part.responses.shape[1] for part in parts}) == 2
+    gathered = [{f.name: getattr(part, f.name) for f in fields(part)} for part in parts]
+    monkeypatch.setattr(engine, "gather_objects", lambda own: gathered)
+    for rank, rows in enumerate(places):  # it is how prompts are shared out
+        monkeypatch.setenv("RANK", f"{rank}")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert share(range(8 // each), cfg) == [row // each for row in rows]
+    found = ppo.of_all_ranks(parts[0], per_prompt=each)
+    for field in fields(whole):
+        expected = getattr(whole, field.name)
+        assert torch.equal(getattr(found, field.name), expected), field.name
+
+
 def two_process_stage():
-    return stage(micro_batch_size=2, epochs=2, kl_coef=0.3)
+    return stage(micro_batch_size=3, epochs=2, minibatches=2, kl_coef=0.3)
 
 
 def worker(folder):

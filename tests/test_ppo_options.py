@@ -96,7 +96,7 @@ def test_without_a_critic_the_policy_learns_all_the_same(make_roles, name):
     batch = judge(drawn(roles.policy, cfg), roles, cfg)
     assert not batch.old_values.any()
     batch, _ = ppo.estimate_advantages(batch, cfg)
-    policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine, per_prompt=4)
+    policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
     assert critic is None
     before = weights(roles.policy)
     stats = ppo.update(policy, critic, batch, cfg, step=1)
