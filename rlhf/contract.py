@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf import parts
-from rlhf.config import MethodConfig, PPOStage
+from rlhf.config import EngineConfig, MethodConfig, PPOStage
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.methods.table import METHODS
 from rlhf.ranks import is_main
@@ -59,19 +59,23 @@ def ppo_parents(registry: Registry, cfg: PPOStage) -> tuple[Published, list[Publ
     rms = [parent(registry, "rm_from", name) for name in cfg.reward.references]
     for rm in rms:
         check_pair(sft, rm, cfg)
-    check_sharing(sft, rms[0] if rms else None, cfg.method, cfg.share_backbone)
+    check_sharing(sft, rms[0] if rms else None, cfg.method, cfg.engine, cfg.share_backbone)
     return sft, rms
 
 
 def check_sharing(
-    sft: Published, rm: Published | None, method: MethodConfig, share_backbone: bool | None
+    sft: Published,
+    rm: Published | None,
+    method: MethodConfig,
+    engine: EngineConfig,
+    share_backbone: bool | None,
 ) -> bool:
     """Whether the roles of PPO go on one frozen backbone.
 
     Raises:
         ConfigError: share_backbone=true, and they cannot.
     """
-    reason = why_apart(sft, rm, method)
+    reason = why_apart(sft, rm, method, engine)
     if share_backbone and reason is not None:
         raise ConfigError(
             f"share_backbone=true: {reason}. Use share_backbone=null, or false: a model for each "
@@ -80,10 +84,14 @@ def check_sharing(
     return share_backbone is not False and reason is None
 
 
-def why_apart(sft: Published, rm: Published | None, method: MethodConfig) -> str | None:
+def why_apart(
+    sft: Published, rm: Published | None, method: MethodConfig, engine: EngineConfig
+) -> str | None:
     """Why the roles cannot share one frozen backbone; None where they can."""
     if not METHODS[method.name].adapter:
         return f"method={method.name} trains the backbone itself"
+    if engine.zero_stage == 3:
+        return "engine.zero_stage=3 splits what a role trains, and would leave the backbone whole"
     if rm is None:
         return "there is no reward model, with whose adapter the critic would go on"
     if not is_adapter_on(sft, rm):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -198,11 +200,13 @@ class Engine:
         )
 
     def load(self, folder: Path) -> None:
-        """Put back what `save` wrote, on as many processes."""
+        """Put back what `save` wrote, on as many processes; what `convert` made of it, on any."""
+        self._engine._config.load_universal_checkpoint = is_universal(folder)
         path, _ = self._engine.load_checkpoint(
             str(folder), tag="state", load_module_strict=not self._frozen
         )
         assert path is not None, f"nothing was loaded from {folder}"
+        separate_steps(self._engine)
 
     @property
     def grad_norm(self) -> float | None:
@@ -213,6 +217,49 @@ class Engine:
     @property
     def learning_rate(self) -> float:
         return float(self._engine.get_lr()[0])
+
+
+def optimizer_parts(folder: Path) -> list[Path]:
+    """The folders, anywhere in `folder`, in which each process wrote its part of an optimizer.
+
+    There is none under ZeRO-0, where every process holds the whole and any number can load it.
+    """
+    return sorted({path.parent for path in folder.rglob("*_optim_states.pt")})
+
+
+def convert(part: Path, target: Path) -> None:
+    """Rewrite one of `optimizer_parts` so that any number of processes can load it.
+
+    DeepSpeed's universal checkpoint (Lian et al. 2024, arXiv:2406.18820). One process calls it.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = {
+        "num_extract_workers": 1,  # this process; no others are forked
+        "num_merge_workers": 1,
+        "keep_temp_folder": False,
+        "strict": True,
+        "inject_missing_state": True,  # ZeRO-1 and 2 do not note the format's version
+    }
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        folders = {"input_folder": str(part), "output_folder": str(target)}
+        ds_to_universal.main(SimpleNamespace(**folders, **options))
+
+
+def is_universal(folder: Path) -> bool:
+    """Whether the optimizer's state in a folder was rewritten by `convert`."""
+    return (folder / "latest_universal").exists()
+
+
+def separate_steps(ds_engine: Any) -> None:
+    """Give each part of a loaded optimizer its own count of steps.
+
+    From a universal checkpoint ZeRO-3 hands all of them one tensor, and each of them adds to it.
+    """
+    inner = getattr(ds_engine.optimizer, "optimizer", None)
+    for state in inner.state.values() if inner is not None else ():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def note_grad_norm(ds_engine: Any) -> None:
@@ -263,6 +310,33 @@ def gathered(module: nn.Module, *, write: bool = False) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
         yield
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """As `gathered`, and forward passes are those of a model that was never split.
+
+    DeepSpeed's hooks, which gather and split each layer again, are off: sampling calls the model
+    once for each token, and processes need not wait for each other's. For reading only.
+    """
+    hooks: list[dict[int, Callable[..., Any]]] = []
+    for part in module.modules() if is_split(module) else ():
+        hooks += [part._forward_pre_hooks, part._forward_hooks]
+    kept = [dict(some) for some in hooks]
+    with gathered(module):
+        for some in hooks:
+            for number in [n for n, hook in some.items() if _is_deepspeeds(hook)]:
+                del some[number]
+        try:
+            yield
+        finally:
+            for some, before in zip(hooks, kept, strict=True):
+                some.clear()
+                some.update(before)
+
+
+def _is_deepspeeds(hook: Callable[..., Any]) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
 
 
 def forget_trainer() -> None:

@@ -384,13 +384,6 @@ RULES = (
         way_out="engine.dtype=fp32",
     ),
     Rule(
-        name="zero3-adapter-not-yet",
-        applies=lambda cfg, facts: cfg.engine.zero_stage == 3 and METHODS[cfg.method.name].adapter,
-        what="engine.zero_stage=3 with method={cfg.method.name}",
-        why="publishing an adapter that is split over the processes has not been proved here yet.",
-        way_out="engine=zero2",
-    ),
-    Rule(
         name="offload-not-yet",
         applies=lambda cfg, facts: cfg.engine.offload,
         what="engine.offload=true",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from rlhf import engine, interrupts, ranks
 from rlhf.console import Console, Pace
-from rlhf.errors import RegistryError, StoppedByGuard
+from rlhf.errors import StoppedByGuard
 from rlhf.manifest import step_name
 from rlhf.run import Run
 from rlhf.tracking import Tracker
@@ -39,6 +41,8 @@ class Keeper:
         step: the step that was done last, or is at work.
         state: what the stage wants to find again when it is resumed; JSON values.
         best: {"step", "value"} of the best held-out value so far, or None.
+        folder: the checkpoint this run goes on from, until the first step is done; None where it
+            starts anew.
         tracker: whose lines are counted, once there is one.
         stopping: some process was asked to stop; the checkpoint of this step is the last.
         stopped: why a guard ended it early, where the best checkpoint is published all the same.
@@ -68,29 +72,50 @@ class Keeper:
         self._improved = False
         self._held = interrupts.Held()
         self._pace: Pace | None = None
+        self.folder: Path | None = None
+        self._converted: Path | None = None
         self._read()
 
     def _read(self) -> None:
         latest = self._run.latest if self._run is not None else None
         self.step = engine.from_main(lambda: latest.step if latest is not None else 0)
-        self._start = self.step
         if self.step == 0:
             return
-        stored = json.loads((self._folder(self.step) / STATE).read_text(encoding="utf-8"))
-        if stored["world_size"] != ranks.world_size():
-            raise RegistryError(
-                f"NPROC={ranks.world_size()}: the run was interrupted at step {self.step} with "
-                f"{stored['world_size']} processes, and each of them holds a part of the "
-                f"optimizer's state. Start it with NPROC={stored['world_size']}, or anew with "
-                "overwrite=true."
-            )
+        self.folder = self._folder(self.step)
+        stored = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         self.state, self.best = stored["state"], stored["best"]
         self._console.note(f"[{self._stage}] goes on from its checkpoint at step {self.step}")
+        if stored["world_size"] != ranks.world_size():
+            self._convert(stored["world_size"])
 
-    @property
-    def folder(self) -> Path | None:
-        """The checkpoint this run goes on from; None where it starts anew."""
-        return self._folder(self._start) if self._start else None
+    def _convert(self, made_by: int) -> None:
+        """Go on from a copy of the checkpoint that another number of processes can load."""
+        parts = engine.optimizer_parts(self._folder(self.step))
+        if not parts:
+            return
+        self._console.note(
+            f"[{self._stage}] it was made by {made_by} processes, each with a part of the "
+            f"optimizer's state: converting it for {ranks.world_size()}"
+        )
+        whole = self._folder(self.step)
+        self.folder = self._converted = self._dir / f".{step_name(self.step)}.converted.tmp"
+        if self._run is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.copytree(
+                whole,
+                self.folder,
+                copy_function=lambda file, link: os.symlink(os.path.abspath(file), link),
+                ignore=lambda folder, names: {n for n in names if Path(folder, n) in parts},
+            )
+            for part in parts:
+                engine.convert(part, self.folder / part.relative_to(whole))
+        engine.barrier()
+
+    def _loaded(self) -> None:
+        """Every process has loaded what it goes on from."""
+        if self._run is not None and self._converted is not None:
+            shutil.rmtree(self._converted, ignore_errors=True)
+        self._converted = None
 
     @property
     def model_is(self) -> str:
@@ -114,6 +139,8 @@ class Keeper:
         try:
             with interrupts.held() as self._held, progress as self._pace:
                 yield
+            engine.barrier()
+            self._loaded()  # there may have been no step
         except StoppedByGuard as error:
             if self.best is None:
                 raise
@@ -143,6 +170,7 @@ class Keeper:
         if self._pace is not None:
             self._pace.advance()
         self.stopping = engine.any_rank(self._held.asked is not None)
+        self._loaded()
         return self.stopping or self.at(step, self._every)
 
     def at(self, step: int, every: int) -> bool:

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from rlhf import engine, parts
-from rlhf.config import LoraConfig, MethodConfig, ModelConfig
+from rlhf.config import EngineConfig, LoraConfig, MethodConfig, ModelConfig
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.manifest import BaseModel
 from rlhf.masking import at_least_fp32
@@ -185,6 +185,22 @@ def no_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):  # a bare number, as Llama's attention has
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def recompute(model: nn.Module, cfg: EngineConfig) -> None:
+    """Recompute activations in the backward pass of a training model (`engine.checkpointing`).
+
+    ZeRO-3 with frozen weights needs the reentrant kind: the other finds them split up again
+    (huggingface/transformers#47254).
+    """
+    if not cfg.checkpointing:
+        return
+    inner = _inner(whole(model))
+    frozen = any(not p.requires_grad for p in inner.parameters())
+    reentrant = cfg.zero_stage == 3 and frozen
+    inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:  # which has no gradient where no input asks for one
+        inner.enable_input_require_grads()
 
 
 class Backbone:
@@ -353,6 +369,7 @@ def _publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path)
     merged: Any = model
     if isinstance(model, peft.PeftModel):
         _save_trained(model, folder)
+        parts.refuse_empty(folder)
         adapted = _adapted(model)
         copied: Any = copy.deepcopy(model).to("cpu", torch.float32)
         merged = copied.merge_and_unload(adapter_names=[ADAPTER]).to(dtype=model.dtype)

@@ -107,6 +107,7 @@ def engines(
     rows, micro = _sizes(cfg)
 
     def make(module: nn.Module, learning_rate: float, schedule: str, steps: int) -> Engine:
+        models.recompute(module, engine_cfg)
         return Engine(
             module,
             engine_cfg,

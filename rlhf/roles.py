@@ -88,7 +88,7 @@ def load_roles(
         ConfigError: it is asked for and cannot be.
     """
     dtype, device = engine.dtype(engine_cfg), engine.device()
-    share = contract.check_sharing(sft, rm, method, share_backbone)
+    share = contract.check_sharing(sft, rm, method, engine_cfg, share_backbone)
     policy = trainable(load_parent(load_causal, sft, tokenizer, dtype), method)
     if share and rm is not None:
         adapter = _Adapter(rm.model_dir / "adapter")

@@ -88,7 +88,7 @@ def sample(
     # generate() fills what our settings leave open from the model's: a repetition penalty, say.
     policy.generation_config = GenerationConfig()  # type: ignore[assignment]
     parts = []
-    with engine.gathered(policy):
+    with engine.whole(policy):
         for start in range(0, len(prompts), cfg.batch_size):
             rows = slice(start, start + cfg.batch_size)
             parts.append(
@@ -158,7 +158,7 @@ def _generate(
             use_cache=True,
         ),
         logits_processor=LogitsProcessorList([sampler]),
-        synced_gpus=engine.is_split(policy),  # a rank that is done early still takes part
+        synced_gpus=False,  # see engine.whole: no process waits for another's token
     )
     responses = out[:, ids.shape[1] :]
     is_eos = responses == eos_id

@@ -125,6 +125,8 @@ def _train(
     accumulation = rows // micro
     steps = optimizer_steps(cfg, len(train_rows))
     schedule = "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
+    start = None if keeper.folder is None else trainer_folder(keeper.folder)
+    converted = start is not None and engine.is_universal(start)
     with tempfile.TemporaryDirectory() as scratch:  # TRL wants a folder; it writes nothing
         args = config_class(
             output_dir=scratch,
@@ -143,7 +145,8 @@ def _train(
                 micro_batch_size=micro,
                 accumulation=accumulation,
                 max_grad_norm=cfg.max_grad_norm,
-            ),
+            )
+            | {"checkpoint": {"load_universal": converted}},
             bf16=engine.dtype(engine_cfg) == torch.bfloat16,
             gradient_checkpointing=engine_cfg.checkpointing,
             use_cpu=engine.device().type == "cpu",
@@ -172,12 +175,12 @@ def _train(
         assert kept == (len(train_rows), len(eval_rows)), f"TRL kept {kept} rows"
         try:
             with keeper.working():
-                if keeper.folder is None:
+                if start is None:
                     trainer.train()
                 elif keeper.step < steps:
-                    trainer.train(resume_from_checkpoint=str(trainer_folder(keeper.folder)))
+                    trainer.train(resume_from_checkpoint=str(start))
                 else:  # interrupted after the last step
-                    models.load_trained(model, keeper.folder / "model")
+                    models.load_trained(model, start.parent / "model")
         finally:
             engine.forget_trainer()
     if best := keeper.best_folder():
@@ -209,6 +212,7 @@ class _Keeping:
             "loss": float(this._tr_loss),
             "logged_at": this._globalstep_last_logged,
             "metrics": this._metrics["train"],
+            "accumulation": this.args.gradient_accumulation_steps,
         }
         (trainer_folder(folder) / f"sums_{ranks.rank()}.json").write_text(json.dumps(sums))
         models.save_trained(this.model, folder / "model")
@@ -217,12 +221,28 @@ class _Keeping:
         """Nothing: the trained weights are beside it, in the form that others load."""
 
     def restore_sums(self, folder: Path) -> None:
-        """Go on with the sums of a checkpoint, at the start of training."""
+        """Go on with the sums of a checkpoint, at the start of training.
+
+        Metrics are means over processes, one for each micro-batch of a step.
+        """
         this: Any = self
-        sums = json.loads((trainer_folder(folder) / f"sums_{ranks.rank()}.json").read_text())
-        this._tr_loss += sums["loss"]
-        this._globalstep_last_logged = sums["logged_at"]
-        this._metrics["train"].update(sums["metrics"])
+        paths = sorted(trainer_folder(folder).glob("sums_*.json"))
+        all_sums = [json.loads(path.read_text()) for path in paths]
+        own = all_sums[ranks.rank() % len(all_sums)]
+        if len(all_sums) == ranks.world_size():
+            this._tr_loss += own["loss"]
+        else:
+            this._tr_loss += sum(sums["loss"] for sums in all_sums) / len(all_sums)
+        this._globalstep_last_logged = own["logged_at"]
+        was, now = own["accumulation"], this.args.gradient_accumulation_steps
+        for name, values in own["metrics"].items():
+            this._metrics["train"][name] = values if was == now else _regrouped(values, was, now)
+
+
+def _regrouped(values: list[float], was: int, now: int) -> list[float]:
+    """The means of `was` micro-batches a step, `now` times: as heavy as those to come."""
+    steps = [values[start : start + was] for start in range(0, len(values), was)]
+    return [sum(step) / len(step) for step in steps for _ in range(now)]
 
 
 class _RewardTrainer(_Keeping, RewardTrainer):
@@ -265,6 +285,7 @@ class _Report(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine.note_grad_norm(self.trainer.deepspeed)
         if self.keeper.folder is not None:
+            engine.separate_steps(self.trainer.deepspeed)
             self.trainer.restore_sums(self.keeper.folder)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

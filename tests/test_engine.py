@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,49 @@ def test_every_accumulation_th_step_updates():
         trainer.step()
         moved.append(not torch.equal(module[4].weight, before))
     assert moved == [False, False, True, False, False, True]
+
+
+def test_a_split_model_is_whole_and_without_hooks_for_a_while():
+    """And learns on as if nothing had been."""
+    x = torch.ones(2, 6)
+    expected = network()(x).detach()
+
+    def trained(look: bool) -> dict[str, torch.Tensor]:
+        settings = EngineConfig(zero_stage=3, partition_threshold=0)
+        options = {"learning_rate": 0.1, "factor": lambda step: 1.0, "max_grad_norm": 1.0}
+        made = engine.Engine(network(), settings, micro_batch_size=1, accumulation=1, **options)
+        module = made.module
+        for update in range(2):
+            if look:
+                hooks = [dict(part._forward_pre_hooks) for part in module.modules()]
+                with engine.whole(module), torch.no_grad():
+                    assert not any(part._forward_pre_hooks for part in module.modules())
+                    found = module(x)
+                    assert all(p.numel() > 0 for p in module.parameters())
+                assert [dict(part._forward_pre_hooks) for part in module.modules()] == hooks
+                assert any(hooks)
+                assert torch.equal(found, expected) is (update == 0)
+            assert all(p.numel() == 0 for p in module.parameters())
+            made.backward(module(x).sum())
+            made.step()
+        with engine.gathered(module):
+            return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    looked, plain = trained(look=True), trained(look=False)
+    assert all(torch.equal(looked[name], plain[name]) for name in plain)
+
+
+def test_parts_of_a_loaded_optimizer_count_their_own_steps():
+    """One tensor for all of them would count each step as often as there are parts."""
+    shared = torch.tensor(2.0)
+    states = {"a": {"step": shared}, "b": {"step": shared}, "c": {"step": 2}}
+    engine.separate_steps(
+        SimpleNamespace(optimizer=SimpleNamespace(optimizer=SimpleNamespace(state=states)))
+    )
+    for name in "ab":
+        states[name]["step"] += 1
+    assert [float(state["step"]) for state in states.values()] == [3, 3, 2]
+    engine.separate_steps(SimpleNamespace(optimizer=object()))  # ZeRO-0
 
 
 def test_nothing_is_compiled_at_start(extensions):

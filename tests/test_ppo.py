@@ -324,6 +324,29 @@ def test_micro_batch_size_does_not_change_the_weights(make_roles, method):
         assert_same(critic, other_critic, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+def test_recomputed_activations_change_no_weight(make_roles, method, zero_stage):
+    found = []
+    for checkpointing in (False, True):
+        roles = make_roles(method)
+        cfg = stage(epochs=2, zero_stage=zero_stage)
+        cfg.engine.checkpointing = checkpointing
+        batch = ready(roles, cfg)
+        passes = []
+        for model in (roles.policy, roles.critic):
+            layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
+            layer.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
+        stats = ppo.update(policy, critic, batch, cfg, step=1)
+        with engine.gathered(roles.policy), engine.gathered(roles.critic):
+            found.append((stats, weights(roles.policy) | weights(roles.critic), len(passes)))
+    (stats, plain, once), (again, recomputed, twice) = found
+    assert twice == 2 * once
+    assert again == pytest.approx(stats, rel=1e-4, abs=1e-6)
+    assert_same(plain, recomputed, **CLOSE)
+
+
 def replace_micro(cfg, micro):
     return replace(cfg, ppo=replace(cfg.ppo, micro_batch_size=micro))
 

@@ -172,20 +172,6 @@ def test_another_config_is_refused_while_half_way(unbroken, monkeypatch, stop_at
     assert (unbroken / "ppo/half/checkpoints/step-000002/manifest.json").exists()
 
 
-def test_another_number_of_processes_is_refused_while_half_way(
-    unbroken, monkeypatch, stop_at, capfd
-):
-    stop_at(1)
-    overrides = ["run_name=ranks", "ppo.micro_batch_size=2"]
-    assert run(monkeypatch, unbroken, "ppo", *overrides) == 143
-    capfd.readouterr()
-    monkeypatch.setattr("rlhf.keeper.ranks.world_size", lambda: 2)
-    assert run(monkeypatch, unbroken, "ppo", *overrides) == 2
-    said = capfd.readouterr().err
-    assert "NPROC=2: the run was interrupted at step 1 with 1 processes" in said
-    assert "Start it with NPROC=1" in said
-
-
 # ---------------------------------------------------------------- best, last, and steps
 
 

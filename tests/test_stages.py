@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -119,13 +120,17 @@ def test_rows_beyond_the_models_positions_are_refused(tmp_path, monkeypatch, cap
     assert "tokens, but the model has positions for 512. Lower data.max_prompt_tokens or" in said
 
 
-def test_zero3_publishes_what_zero2_does(tmp_path, monkeypatch):
+ZERO3 = ["engine=zero3", "engine.partition_threshold=0", "engine.allow_zero3_adapters=true"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_zero3_publishes_what_zero2_does(tmp_path, monkeypatch, method):
     """Every weight is split, so what is saved without being gathered would be empty."""
     from safetensors.torch import load_file
 
-    lines = {"zero2": [], "zero3": ["engine.partition_threshold=0"]}
+    lines = {"zero2": [], "zero3": ZERO3}
     for name, more in lines.items():
-        given = ["method=full", f"engine={name}", "ppo.learning_rate=1e-4", *more]
+        given = [f"method={method}", "ppo.learning_rate=1e-4", *more]
         for stage, sizes in SMALL.items():
             own = [g for g in given if stage == "ppo" or not g.startswith("ppo.")]
             fixed = [f"runs_dir={tmp_path / name}", "tracking=off", *sizes, *own]
@@ -140,6 +145,18 @@ def test_zero3_publishes_what_zero2_does(tmp_path, monkeypatch):
         ]
         for name, tensor in weights[0].items():  # Adam makes whole steps of rounding here and there
             assert float((weights[1][name] - tensor).abs().mean()) < 1e-5, f"{stage}: {name}"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_without_gathering_nothing_is_published(tmp_path, monkeypatch, method, capfd):
+    """What was written is read back: this is how other programs lose an adapter, with exit 0."""
+    from rlhf import engine
+
+    monkeypatch.setattr(engine, "gathered", lambda module, write=False: nullcontext())
+    given = [f"runs_dir={tmp_path}", "tracking=off", f"method={method}", *ZERO3, *SMALL["sft"]]
+    assert run_stage(monkeypatch, "sft", *given, "evaluation.prompts=0") == 2
+    assert "of the tensors that were written are empty" in " ".join(capfd.readouterr().err.split())
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_a_finished_run_is_left_alone(line, monkeypatch, capfd):
