@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf import parts
-from rlhf.config import EngineConfig, MethodConfig, PPOStage
+from rlhf.config import EngineConfig, MethodConfig, PPOStage, TrainConfig
+from rlhf.data import Split
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.methods.table import METHODS
 from rlhf.ranks import is_main
@@ -187,6 +188,20 @@ def check_positions(run: Published, longest: int, lower: str) -> None:
     folder = run.model_dir if run.under is None else run.tokenizer_dir
     most = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     refuse_beyond(most, longest, run.reference, lower)
+
+
+def check_rows(cfg: TrainConfig, train: Split) -> None:
+    """Refuse fewer rows than a step takes.
+
+    Raises:
+        ConfigError: there is no whole batch.
+    """
+    if cfg.batch_size > len(train.rows):
+        raise ConfigError(
+            f"train.batch_size={cfg.batch_size} with {len(train.rows)} rows of training data: "
+            "steps take whole batches, and there is none. Set train.batch_size to that number or "
+            "a lower one."
+        )
 
 
 def refuse_beyond(most: Any, longest: int, name: str, lower: str) -> None:

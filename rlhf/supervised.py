@@ -6,15 +6,16 @@ row is asserted.
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -39,10 +40,14 @@ NAMES = {  # TRL's name -> ours
 
 
 def optimizer_steps(cfg: TrainConfig, rows: int) -> int:
-    """How many updates `train` makes of so many rows."""
+    """How many updates `train` makes of so many rows.
+
+    An epoch has whole batches only: a rest of rows would weigh more than others, and it cannot be
+    shared out alike on every number of processes. Which rows it leaves out is drawn anew each time.
+    """
     if cfg.max_steps is not None:
         return cfg.max_steps
-    return max(1, round(cfg.epochs * -(-rows // cfg.batch_size)))
+    return max(1, round(cfg.epochs * (rows // cfg.batch_size)))
 
 
 def train_sft(
@@ -169,6 +174,7 @@ def _train(
             eval_dataset=Dataset.from_list(eval_rows),
         )
         trainer.keeper = keeper
+        trainer.rows_per_epoch = len(train_rows) // cfg.batch_size * cfg.batch_size
         trainer.remove_callback(_printer())
         trainer.add_callback(_Report(keeper, tracker, best_by, trainer))
         kept = (len(trainer.train_dataset), len(trainer.eval_dataset))
@@ -197,9 +203,15 @@ def trainer_folder(checkpoint: Path) -> Path:
 
 class _Keeping:
     """A Trainer whose checkpoints are ours: complete or not there, and the sums between two log
-    lines in them, so that a resumed run logs what an unbroken one does."""
+    lines in them, so that a resumed run logs what an unbroken one does. Its epochs are whole
+    batches."""
 
     keeper: Keeper
+    rows_per_epoch: int
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        this: Any = self
+        return RandomSampler(this.train_dataset, num_samples=self.rows_per_epoch)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.keeper.save(self._write)
@@ -216,6 +228,36 @@ class _Keeping:
         }
         (trainer_folder(folder) / f"sums_{ranks.rank()}.json").write_text(json.dumps(sums))
         models.save_trained(this.model, folder / "model")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out means over pairs (RM) or answer tokens (SFT), however they are split.
+
+        The Trainer averages batches, and takes rows twice to make the last one as long as others.
+        """
+        this: Any = self
+        data, size = this.eval_dataset, this.args.per_device_eval_batch_size
+        rows = [data[i] for i in range(ranks.rank(), len(data), ranks.world_size())]
+        passes = math.ceil(len(data) / (size * ranks.world_size()))  # on every process
+        totals: dict[str, Tensor] = {}
+        this.model.eval()
+        for start in range(0, passes * size, size):
+            part = rows[start : start + size]
+            inputs = this._prepare_inputs(this.data_collator(part or [data[0]]))
+            with torch.no_grad(), this.compute_loss_context_manager():
+                sums = this._sums(inputs)
+            for name, value in sums.items():
+                counted = value.double() * bool(part)
+                totals[name] = totals.get(name, torch.zeros_like(counted)) + counted
+        totals = {name: engine.sum_over_ranks(total) for name, total in totals.items()}
+        count = float(totals.pop("count"))
+        metrics = {f"eval_{name}": float(total) / count for name, total in totals.items()}
+        this._metrics["eval"].clear()  # TRL's own means, over batches
+        this.log(metrics)  # while model.eval() says which kind they are
+        this.model.train()
+        this.control = this.callback_handler.on_evaluate(
+            this.args, this.state, this.control, metrics
+        )
+        return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing: the trained weights are beside it, in the form that others load."""
@@ -246,27 +288,27 @@ def _regrouped(values: list[float], was: int, now: int) -> list[float]:
 
 
 class _RewardTrainer(_Keeping, RewardTrainer):
-    """TRL's, with our checkpoints."""
+    """TRL's, with our checkpoints and evaluation."""
+
+    def _sums(self, inputs: Any) -> dict[str, Tensor]:
+        this: Any = self
+        loss, outputs = this.compute_loss(this.model, inputs, return_outputs=True)
+        chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)
+        return {
+            "count": chosen.new_tensor(len(chosen)),
+            "loss": loss * len(chosen),
+            "accuracy": (chosen > rejected).float().sum(),
+            "margin": (chosen - rejected).sum(),
+        }
 
 
 class _SFTTrainer(_Keeping, SFTTrainer):
-    """Held-out loss per answer token, whatever the micro-batch size.
+    """TRL's, with our checkpoints and evaluation."""
 
-    The Trainer averages over rows what is a mean over the tokens of each batch; scaled by the
-    batch's tokens per row over all rows' tokens per row, that average is the mean over tokens.
-    """
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        mask = inputs["labels"] != -100
-        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return (loss * (mask.sum() / mask.shape[0] / self._tokens_per_row), *rest)
-
-    @functools.cached_property
-    def _tokens_per_row(self) -> float:
-        rows: Any = self.eval_dataset
-        return sum(label != -100 for row in rows["labels"] for label in row) / len(rows)
+    def _sums(self, inputs: Any) -> dict[str, Tensor]:
+        this: Any = self
+        tokens = (inputs["labels"] != -100).sum()
+        return {"count": tokens, "loss": this.compute_loss(this.model, inputs) * tokens}
 
 
 def _printer() -> type[TrainerCallback]:

@@ -13,6 +13,7 @@ from rlhf.session import open_session
 def main(cfg: config.RMStage) -> None:
     sft = contract.parent(Registry(cfg.runs_dir), "policy_from", cfg.policy_from)
     splits = data.load("rm", cfg.data)
+    contract.check_rows(cfg.train, splits["train"])
     with open_session(cfg, splits, {"policy": sft}) as session:
         if session.finished:
             return

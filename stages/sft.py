@@ -11,6 +11,7 @@ from rlhf.session import open_session
 @stage("sft")
 def main(cfg: config.SFTStage) -> None:
     splits = data.load("sft", cfg.data)
+    contract.check_rows(cfg.train, splits["train"])
     gold = data.gold_function(cfg.data)
     with open_session(cfg, splits) as session:
         if session.finished:

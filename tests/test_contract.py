@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_registry import CONFIG, flip, no_waiting_for_the_disk, published, registry
 
-from rlhf.config import DataConfig, PPOStage, SamplingConfig
-from rlhf.contract import check_pair, check_positions, parent
+from rlhf.config import DataConfig, PPOStage, SamplingConfig, TrainConfig
+from rlhf.contract import check_pair, check_positions, check_rows, parent
+from rlhf.data import Split
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.manifest import BaseModel, TokenizerFacts
 from rlhf.registry import Published, Registry
 
 __all__ = ["no_waiting_for_the_disk", "registry"]
+
+
+def test_fewer_rows_than_a_step_takes_are_refused():
+    cfg, rows = TrainConfig(batch_size=4, micro_batch_size=2), [{}] * 4
+    split = Split("train", "a/train.jsonl", "f", rows, Counter())
+    check_rows(cfg, split)
+    split.rows = rows[:3]
+    with pytest.raises(ConfigError, match=r"train\.batch_size=4 with 3 rows .* lower one\.$"):
+        check_rows(cfg, split)
 
 
 def cfg(*, prompt: int = 64, answer: int = 64, allow_foreign_rm: bool = False) -> PPOStage:

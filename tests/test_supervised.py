@@ -185,10 +185,13 @@ def test_prompt_tokens_get_no_loss(policy, tiny_tokenizer):
 def test_held_out_loss_does_not_depend_on_the_micro_batch(policy, tiny_tokenizer):
     """It is compared between runs as nats per answer token."""
     rows = demonstrations()
-    losses = answer_losses(policy(), rows)
+    held_out = rows[:7]  # a last batch of 7, 3 or 1
+    losses = answer_losses(policy(), held_out)
     by_token = sum(map(sum, losses)) / sum(map(len, losses))
     for micro in (8, 4, 2):
-        metrics, *_ = train(train_sft, policy(), tiny_tokenizer, rows, micro_batch_size=micro)
+        metrics, *_ = train(
+            train_sft, policy(), tiny_tokenizer, rows, held_out, micro_batch_size=micro
+        )
         assert metrics["start/eval/loss"] == pytest.approx(by_token, abs=1e-5), micro
 
 
@@ -290,6 +293,52 @@ def test_rm_loss_is_that_of_bradley_and_terry(reward_model, tiny_tokenizer, meth
         assert metrics["start/eval/loss"] > expected + 1e-4
 
 
+@pytest.mark.parametrize("micro", [8, 4, 2])
+def test_held_out_pairs_count_alike_in_a_short_last_batch(reward_model, tiny_tokenizer, micro):
+    rows = preferences()
+    held_out = rows[:7]
+    found = leads(reward_model(), held_out)
+    model = reward_model()
+    metrics, *_ = train(train_rm, model, tiny_tokenizer, rows, held_out, micro_batch_size=micro)
+    assert metrics["start/eval/accuracy"] == pytest.approx(sum(x > 0 for x in found) / 7)
+    assert metrics["start/eval/margin"] == pytest.approx(sum(found) / 7, abs=1e-5)
+    expected = sum(math.log1p(math.exp(-lead)) for lead in found) / 7
+    assert metrics["start/eval/loss"] == pytest.approx(expected, abs=1e-5)
+    assert model.training
+
+
+def test_an_epoch_leaves_a_rest_out_and_is_drawn_anew(policy, tiny_tokenizer, monkeypatch):
+    """Eleven rows, four a step: two whole steps an epoch, whatever the micro-batch."""
+    rows = [demonstrations()[i % 8] | {"input_ids": [1, 40 + i, 2]} for i in range(11)]
+    rows = [row | {"completion_mask": [0, 1, 1]} for row in rows]
+    orders = []
+    for micro in (4, 2):
+        seen: list[int] = []
+        model = policy(vocab_size=64)
+        monkeypatch.setattr(
+            supervised._SFTTrainer,
+            "training_step",
+            lambda self, module, inputs, *args, seen=seen: (
+                seen.extend(inputs["input_ids"][:, 1].tolist()) or torch.tensor(0.0)
+            ),
+        )
+        train(
+            train_sft,
+            model,
+            tiny_tokenizer,
+            rows,
+            epochs=2,
+            max_steps=None,
+            batch_size=4,
+            micro_batch_size=micro,
+        )
+        orders.append(seen)
+    first, second = orders[0][:8], orders[0][8:]
+    assert orders[0] == orders[1]
+    assert len(first) == len(set(first)) == len(second) == len(set(second)) == 8
+    assert set(first) != set(second)
+
+
 def test_rm_accumulation_is_one_big_batch(reward_model, tiny_tokenizer):
     rows, after = preferences(), []
     for micro in (8, 3):
@@ -325,7 +374,8 @@ def test_three_steps_of_rm_lower_the_loss_and_train_the_head(reward_model, tiny_
     ("rows", "epochs", "max_steps", "expected"),
     [
         (8, 1.0, None, 1),
-        (9, 1.0, None, 2),
+        (9, 1.0, None, 1),
+        (15, 3.0, None, 3),
         (64, 2.0, None, 16),
         (64, 0.5, None, 4),
         (8, 0.01, None, 1),
