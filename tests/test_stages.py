@@ -114,7 +114,7 @@ def test_rows_beyond_the_models_positions_are_refused(tmp_path, monkeypatch, cap
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     given = [f"runs_dir={tmp_path}", "tracking=off", f"data.path={tmp_path}"]
-    given += ["data.max_prompt_tokens=999", "data.max_response_tokens=999"]
+    given += ["data.max_prompt_tokens=999", "data.max_response_tokens=999", "train.batch_size=1"]
     assert run_stage(monkeypatch, "sft", *given) == 2
     said = capfd.readouterr().err
     assert "tokens, but the model has positions for 512. Lower data.max_prompt_tokens or" in said
