@@ -327,23 +327,24 @@ def difference(ours: Numbers, trl: Numbers, *, digits: int) -> str:
 
 def speed_table(ours: list[Curve], trl: list[Curve]) -> list[str]:
     """When each mark is reached, by the batches and by held-out answers."""
-    head = ["mark (score)"]
-    for who, side in (("ours", ours), ("TRL", trl)):
-        head += [f"{who}, seed {curve.seed}" for curve in side] + [f"**{who}, mean**"]
     batch, held_out = [], []
     for mark in MARKS:
         score = MEAN + mark * STD
-        lines = [[f"+{mark:g} std ({score:.2f})"], [f"+{mark:g} std ({score:.2f})"]]
-        for side in (ours, trl):
-            reached = [curve.reaches(score) for curve in side]
-            lines[0] += marks([None if row is None else [row[n] for n in SPEED] for row in reached])
-            found = [curve.crosses(score) for curve in side]
-            lines[1] += marks([None if update is None else [update] for update in found])
-        batch.append(lines[0])
-        held_out.append(lines[1])
+        rows = [[curve.reaches(score) for curve in side] for side in (ours, trl)]
+        found = [
+            [None if row is None else [row[name] for name in SPEED] for row in side]
+            for side in rows
+        ]
+        batch.append([f"+{mark:g} std ({score:.2f})", *marks(*found)])
+        crossed = [[curve.crosses(score) for curve in side] for side in (ours, trl)]
+        found = [[None if update is None else [update] for update in side] for side in crossed]
+        held_out.append([f"+{mark:g} std ({score:.2f})", *marks(*found)])
+    head = ["mark (score)", "ours, by seed", "mean", "TRL, by seed", "mean", "ours - TRL, updates"]
+    seeds = ["; ".join(f"{c.seed}" for c in side) for side in (ours, trl)]
     return [
-        "First update whose batch, with the two before it, has a mean score at the mark: update / "
-        "answers / CPU s.",
+        "First update whose batch, with the two before it, has a mean score at the mark; means are "
+        "update / answers / CPU s, the difference has 2 standard errors over seeds. Seeds: "
+        f"{seeds[0]} (ours) and {seeds[1]} (TRL).",
         *("", *table(head, batch)),
         "The update at which the score of held-out answers is there, between evaluations by a "
         "straight line (128 prompts, the same noise each time within a run; every 5 updates).",
@@ -354,17 +355,20 @@ def speed_table(ours: list[Curve], trl: list[Curve]) -> list[str]:
 SPEED = ("update", "episodes", "cpu_s")
 
 
-def marks(found: list[Numbers | None]) -> list[str]:
-    """A cell for each seed, and one for their mean where all are there."""
+def marks(ours: list[Numbers | None], trl: list[Numbers | None]) -> list[str]:
+    """Updates by seed and means, of both sides, and the difference; only where all are there."""
 
     def cell(values: Iterable[float]) -> str:
         return " / ".join(f"{value:.0f}" if value > 30 else f"{value:.3g}" for value in values)
 
-    known = [values for values in found if values is not None]
-    cells = ["–" if values is None else cell(values) for values in found]
-    whole = len(known) == len(found)
-    means = (statistics.mean(column) for column in zip(*known, strict=True))
-    return [*cells, f"**{cell(means)}**" if whole else "–"]
+    cells, updates = [], []
+    for side in (ours, trl):
+        known = [values for values in side if values is not None]
+        cells.append(" ".join("–" if values is None else cell(values[:1]) for values in side))
+        means = (statistics.mean(column) for column in zip(*known, strict=True))
+        cells.append(f"**{cell(means)}**" if len(known) == len(side) else "–")
+        updates.append([values[0] for values in known] if len(known) == len(side) else [])
+    return [*cells, difference(*updates, digits=1)]
 
 
 def score_table(ours: list[Curve], trl: list[Curve]) -> list[str]:
