@@ -96,7 +96,7 @@ def start_ranks(processes: int, *command: str) -> list[str]:
 # what is compared --------------------------------------------------------------------------------
 
 REFERENCE = "zero2"
-BOUND = 1e-3  # relative, in fp32, after up to four updates of Adam, which magnifies rounding
+BOUND = 1e-4  # relative, in fp32, after up to four updates of Adam, which magnifies rounding
 
 
 def worst(one: list[dict], other: list[dict], names: tuple[str, ...]) -> float:
@@ -155,7 +155,7 @@ def test_ppo_draws_the_same_tokens_and_learns_the_same(made, alone, method, zero
     with capsys.disabled():
         print(f"\nppo {method} zero{zero}: first update {first:.1e}, five {off:.1e}")
     assert first < 1e-5
-    assert off < 1e-2
+    assert off < 1e-4
 
 
 @pytest.mark.slow
