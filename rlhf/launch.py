@@ -42,10 +42,15 @@ def stage(name: str) -> Callable[[Callable[[C], None]], Callable[[], None]]:
         def run() -> None:
             code = 1
             try:
-                code = _run(name, main)
+                try:
+                    code = _run(name, main)
+                finally:
+                    if ranks.world_size() > 1:
+                        interrupts.leave_undisturbed()
+            except (KeyboardInterrupt, interrupts.Terminated):  # told so twice: it was leaving
+                interrupts.leave_undisturbed()
+                code = 143 if code == 1 else code
             finally:
-                if ranks.world_size() > 1:
-                    interrupts.leave_undisturbed()
                 lifeline.leave(failed=code != 0)
             sys.exit(code)
 

@@ -295,6 +295,33 @@ def test_what_one_rank_alone_finds_out_is_not_lost(run, capsys, as_rank, error, 
     assert re.fullmatch(rf"\[rank 1 of 2 on \S+\] \w+: {error}\n", said), said
 
 
+@pytest.mark.parametrize("where", ["world_size", "is_main"])
+def test_a_rank_that_is_told_again_while_it_leaves_shows_no_traceback(
+    composed, capsys, as_rank, monkeypatch, where
+):
+    """The launcher hands a Ctrl-C on to a rank that had it from the terminal and is on its way."""
+
+    def main(cfg: object) -> None:
+        inner = getattr(launch.ranks, where)
+        told = iter([True])
+
+        def and_told_again() -> object:
+            if next(told, False):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner()
+
+        monkeypatch.setattr(launch.ranks, where, and_told_again)
+        raise KeyboardInterrupt
+
+    as_rank(1)
+    monkeypatch.setattr(sys, "argv", ["ppo.py"])
+    monkeypatch.setattr(launch, "compose", lambda name: composed)
+    with pytest.raises(SystemExit) as ended:
+        launch.stage("ppo")(main)()
+    assert ended.value.code == (130 if where == "world_size" else 143)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_crash_of_another_rank_is_shown_unless_rank_0_crashed_too(run, as_rank):
     def main(cfg: object) -> None:
         raise ZeroDivisionError
