@@ -87,7 +87,7 @@ def adopt(
         template: "chat" (the tokenizer's own), "inherit" (the parent's), another one of
             conf/template, or a file with a chat template. Without it: the tokenizer's own, or
             else the parent's.
-        dtype: what children compute in, as their engine.dtype: auto, fp32 or bf16.
+        dtype: what children compute in, as their engine.dtype: auto, fp32, bf16 or fp16.
         max_prompt_tokens, max_response_tokens: what it was trained on, where that is known: PPO
             does not let a reward model read longer texts.
 
@@ -95,8 +95,6 @@ def adopt(
         ConfigError: a setting or the folder does not fit.
         RegistryError: the name is taken, or the reward model does not read what its parent writes.
     """
-    if dtype == "fp16":
-        raise ConfigError("--dtype=fp16: not built yet. Choose one of: auto, fp32, bf16.")
     engine_cfg = EngineConfig(zero_stage=0, dtype=dtype)
     limits = _limits(max_prompt_tokens, max_response_tokens)
     check_run_name(run_name)

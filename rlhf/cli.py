@@ -284,7 +284,9 @@ def adopt(
     template: Annotated[
         str | None, typer.Option(help="chat, plain, inherit (from the parent), or a file.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="What children compute in: fp32 or bf16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="What children compute in: fp32, bf16 or fp16.")
+    ] = "auto",
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="The longest prompt it was trained on.")
     ] = None,

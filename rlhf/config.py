@@ -19,6 +19,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from rlhf import deepspeed_settings
 from rlhf.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ class ModelConfig:
     attn: str = "auto"  # attention implementation of transformers; auto: its own choice
 
     def __post_init__(self) -> None:
-        _one_of("model.dtype", self.dtype, ("auto", "fp32", "bf16"))
+        _one_of("model.dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclass
@@ -143,11 +144,12 @@ class EngineConfig:
     """DeepSpeed ZeRO and numerics."""
 
     zero_stage: int = 2
-    offload: bool = False
-    dtype: str = "auto"  # bf16 on a GPU that has it, fp32 on a CPU
+    offload: bool = False  # optimizer states (in ZeRO-3 weights too) in host memory
+    dtype: str = "auto"  # bf16 on a GPU that has it, else fp32; fp16 is for GPUs without bf16
     checkpointing: bool = False  # recompute activations in the backward pass
     partition_threshold: int | None = None  # ZeRO-3: smaller weights stay whole; null: DeepSpeed's
     allow_zero3_adapters: bool = False  # ZeRO-3 for adapter methods that were measured right in it
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # its settings that have no name here
 
     def __post_init__(self) -> None:
         _one_of("engine.zero_stage", self.zero_stage, (0, 1, 2, 3))
@@ -155,6 +157,7 @@ class EngineConfig:
             why = "It counts values; 0 splits every weight."
             _between("engine.partition_threshold", self.partition_threshold, 0, math.inf, why)
         _one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+        deepspeed_settings.check(self.deepspeed)
 
 
 @dataclass
@@ -618,6 +621,9 @@ def register() -> None:
         store.store(group=group, name=f"{group}_schema", node=node)
     for method in (FullConfig, LoraConfig):
         store.store(group="method", name=f"{method.name}_schema", node=method)
+    engine = OmegaConf.structured(EngineConfig)
+    OmegaConf.set_struct(engine.deepspeed, False)  # any name is let in, without a + before it
+    store.store(group="engine", name="engine_schema", node=engine)
     OmegaConf.register_new_resolver("project", lambda path: str(PROJECT / path), replace=True)
 
 

@@ -12,8 +12,10 @@ import io
 import logging
 import math
 import os
+import shutil
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +25,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf import lifeline
+from rlhf import deepspeed_settings, lifeline
 from rlhf.config import EngineConfig
-from rlhf.ranks import is_main, world_size
+from rlhf.errors import ConfigError, StoppedByGuard
+from rlhf.ranks import is_main, lost_another, world_size
 
 T = TypeVar("T")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Of fp16 alone. The scale on the loss starts at 2^16; an overflow of gradients skips an update and
+# halves it, at once (a hysteresis of 1), and a thousand updates without one double it.
+LOSS_SCALING = {
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 1,
+    "min_loss_scale": 1,
+}
 
 
 def start(seed: int) -> None:
@@ -77,6 +91,92 @@ def _quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def rehearse(cfg: EngineConfig) -> None:
+    """What DeepSpeed refuses, or has to compile, shows here: before a weight is loaded.
+
+    Raises:
+        ConfigError: it does not take `engine.deepspeed`, or cannot compile its CPU Adam.
+    """
+    if cfg.offload:
+        _make_cpu_adam_ready()
+    if cfg.deepspeed:
+        with _in_our_names(cfg), torch.random.fork_rng(devices=[]):
+            Engine(
+                nn.Linear(1, 1),
+                cfg,
+                learning_rate=1.0,
+                factor=lambda step: 1.0,
+                micro_batch_size=1,
+                accumulation=1,
+                max_grad_norm=1.0,
+            )
+
+
+@contextlib.contextmanager
+def _in_our_names(cfg: EngineConfig) -> Iterator[None]:
+    """DeepSpeed's errors, of whatever kind, about a value of `engine.deepspeed`."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError(_refusal(error, cfg)) from error
+    except Exception as error:
+        if lost_another(error):
+            raise
+        said = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"engine.deepspeed={cfg.deepspeed}: DeepSpeed refuses it: {said}. Leave out what it "
+            "names, or see what DeepSpeed's documentation of its JSON config says of it."
+        ) from error
+
+
+def _refusal(error: Any, cfg: EngineConfig) -> str:
+    """What pydantic found, with the setting's whole name and near misses."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    found = error.errors()[0]
+    path = [str(part) for part in found["loc"]]
+    groups = [
+        name
+        for name, value in cfg.deepspeed.items()
+        if path and isinstance(value, dict) and path[0] in value
+    ]
+    name = ".".join(["engine.deepspeed", *groups[:1], *path])
+    if found["type"] != "extra_forbidden":
+        return f"{name}={found['input']}: {found['msg']}."
+    fields = DeepSpeedZeroConfig.model_fields if groups[:1] == ["zero_optimization"] else {}
+    known = [field.alias or name for name, field in fields.items()]
+    ways = deepspeed_settings.near(path[-1], known) or "Leave it out."
+    return f"{name}={found['input']}: DeepSpeed has no such setting. {ways}"
+
+
+def _make_cpu_adam_ready() -> None:
+    """Compile the optimizer that works in host memory, or load what an earlier run compiled."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils import cpp_extension
+
+    scripts = Path(sys.executable).parent
+    if shutil.which("ninja") is None and (scripts / "ninja").exists():  # not an activated venv
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(scripts)])
+    try:
+        folder = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, False))
+        built = installed_ops.get(CPUAdamBuilder.NAME) or any(folder.glob("*.so"))
+        if is_main() and not built:
+            note = f"building DeepSpeed's CPU Adam in {folder}, one to three minutes, once"
+            print(note, file=sys.stderr, flush=True)
+        CPUAdamBuilder().load()
+    except Exception as error:  # of torch, of DeepSpeed, or with all that the compiler said
+        lines = str(error).splitlines() or [type(error).__name__]
+        said = next((line for line in lines if "error:" in line), lines[0]).strip().rstrip(".")
+        raise ConfigError(
+            "engine.offload=true: DeepSpeed's CPU Adam, which updates weights in host memory, "
+            f"could not be compiled: {said}. Use engine.offload=false, or make `c++` and `ninja` "
+            "work and start again."
+        ) from error
+
+
 def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -86,8 +186,8 @@ def device() -> torch.device:
 def dtype(cfg: EngineConfig) -> torch.dtype:
     """The dtype to train in: bf16 on a GPU that has it, else fp32, unless `engine.dtype` says."""
     if cfg.dtype != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return DTYPES[cfg.dtype]
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
 
@@ -112,7 +212,9 @@ def deepspeed_config(
     zero: dict[str, Any] = {"stage": cfg.zero_stage}
     if cfg.zero_stage == 3 and cfg.partition_threshold is not None:
         zero["stage3_param_persistence_threshold"] = cfg.partition_threshold
-    return {
+    for part in offloaded(cfg):
+        zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch_size * accumulation * world_size(),
@@ -120,8 +222,51 @@ def deepspeed_config(
         "bf16": {"enabled": dtype(cfg) == torch.bfloat16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # true: accelerate makes an Adam of our AdamW
         "steps_per_print": 2**31,
     }
+    if dtype(cfg) == torch.float16:
+        config["fp16"] = {"enabled": True, **LOSS_SCALING}
+    return deepspeed_settings.merged(config, cfg.deepspeed)
+
+
+def offloaded(cfg: EngineConfig) -> list[str]:
+    """What lies in host memory, as DeepSpeed names it."""
+    if not cfg.offload:
+        return []
+    return ["optimizer", "param"] if cfg.zero_stage == 3 else ["optimizer"]
+
+
+def adamw(
+    parameters: Iterable[Any],
+    cfg: EngineConfig,
+    *,
+    learning_rate: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019): torch's, or DeepSpeed's where its states are offloaded.
+
+    There DeepSpeed refuses torch's, as slow; since it is chosen here, nobody can ask for it.
+
+    Args:
+        parameters: weights, or groups of them.
+    """
+    if not cfg.offload:
+        return torch.optim.AdamW(
+            parameters, lr=learning_rate, eps=eps, weight_decay=weight_decay, betas=betas
+        )
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(
+        parameters,
+        lr=learning_rate,
+        eps=eps,
+        weight_decay=weight_decay,
+        betas=betas,
+        adamw_mode=True,
+    )
 
 
 def learning_rate_factor(schedule: str, *, warmup: float, total: int) -> Callable[[int], float]:
@@ -164,7 +309,7 @@ class Engine:
 
         trained = [p for p in module.parameters() if p.requires_grad]
         self._frozen = len(trained) < len(list(module.parameters()))  # they are not saved
-        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, eps=1e-5)
+        optimizer = adamw(trained, cfg, learning_rate=learning_rate, eps=1e-5)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=trained,
@@ -191,7 +336,8 @@ class Engine:
         self._engine.backward(loss * self._scale)
 
     def step(self) -> None:
-        self._engine.step()
+        with ending_loss_scaling():
+            self._engine.step()
 
     def save(self, folder: Path) -> None:
         """Write trained weights, optimizer and schedule to `folder`; every process its part."""
@@ -210,9 +356,12 @@ class Engine:
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the last update's gradients, before clipping; None before the first."""
+        """Global norm of the last update's gradients, before clipping; None before the first.
+
+        None too after an overflow of fp16: that update was skipped, and the next scale is half.
+        """
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return None if norm is None or overflowed(self._engine) else float(norm)
 
     @property
     def learning_rate(self) -> float:
@@ -273,6 +422,34 @@ def note_grad_norm(ds_engine: Any) -> None:
         ds_engine._global_grad_norm = norm
 
     ds_engine.clip_fp32_gradients = clip
+
+
+def overflowed(ds_engine: Any) -> bool:
+    """Whether a DeepSpeed engine skipped its last update because gradients overflowed in fp16.
+
+    Weights and schedule stay as they were. In other dtypes it says no: such a gradient is not
+    one that a smaller scale would mend.
+    """
+    return bool(ds_engine.fp16_enabled() and ds_engine.optimizer.overflow)
+
+
+@contextlib.contextmanager
+def ending_loss_scaling() -> Iterator[None]:
+    """Where gradients overflow in fp16 whatever the scale, DeepSpeed's error is a guard's stop.
+
+    Raises:
+        StoppedByGuard: an overflow at the smallest scale.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise StoppedByGuard(
+            "gradients overflow in fp16 even where the loss is not scaled: they are no finite "
+            "numbers, or beyond 65504. Use engine.dtype=fp32 (or bf16, where the GPU has it), or "
+            "lower the learning rate."
+        ) from error
 
 
 # ---------------------------------------------------------------- ZeRO-3

@@ -23,8 +23,8 @@ from rlhf.rollout import pad_left
 
 ROWS = 8
 # Largest difference that rounding explains. A merge is exact up to rounding: in fp32 it was
-# measured below 1e-5 on logits of size 10; bf16 keeps 8 bits.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+# measured below 1e-5 on logits of size 10; bf16 keeps 8 bits, fp16 11.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25 / 8}
 
 
 @torch.no_grad()

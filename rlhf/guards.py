@@ -8,10 +8,15 @@ docs/guards.md is made from it.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
+import os
+import shutil
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -47,12 +52,14 @@ class Facts:
         needs: library -> the versions that this project was run with, such as ">=1.13".
         processes: how many train together.
         device: what each of them computes on.
+        lacks: what DeepSpeed's CPU Adam is compiled with and is not here, in words.
     """
 
     versions: Mapping[str, str]
     needs: Mapping[str, str]
     processes: int = 1
     device: Device = UNKNOWN
+    lacks: tuple[str, ...] = ()
 
     @property
     def outside(self) -> dict[str, str]:
@@ -68,7 +75,8 @@ def facts(processes: int = 1) -> Facts:
     """What can be known without torch."""
     needs = needed()
     found = {name: installed(name) for name in needs}
-    return Facts({name: text for name, text in found.items() if text}, needs, processes)
+    versions = {name: text for name, text in found.items() if text}
+    return Facts(versions, needs, processes, lacks=lacking())
 
 
 def needed() -> dict[str, str]:
@@ -84,6 +92,20 @@ def installed(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def lacking() -> tuple[str, ...]:
+    """What is missing to compile DeepSpeed's CPU Adam; nothing where it was installed compiled."""
+    found = importlib.util.find_spec("deepspeed")  # which imports nothing
+    places = found.submodule_search_locations if found is not None else None
+    if any(list(Path(place).glob("ops/adam/cpu_adam_op*.so")) for place in places or ()):
+        return ()
+    compiler = os.environ.get("CXX", "c++")  # as torch chooses it
+    scripts = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
+    )
+    missing = [] if shutil.which(compiler) else [f"a C++ compiler ({compiler})"]
+    return (*missing, *([] if shutil.which("ninja", path=scripts) else ["ninja"]))
 
 
 def within(version: str, bounds: str) -> bool:
@@ -342,6 +364,39 @@ RULES = (
         way_out="{group}.micro_batch_size={larger}",
     ),
     Rule(
+        name="offload-zero0",
+        applies=lambda cfg, facts: cfg.engine.offload and cfg.engine.zero_stage == 0,
+        what="engine.offload=true with engine.zero_stage=0",
+        why="DeepSpeed keeps in host memory what ZeRO splits; ZeRO-0 splits nothing.",
+        way_out="engine=zero2_offload",
+    ),
+    Rule(
+        name="offload-compiler",
+        applies=lambda cfg, facts: (
+            cfg.engine.offload and cfg.engine.zero_stage > 0 and bool(facts.lacks)
+        ),
+        values=lambda cfg, facts: {"missing": " and ".join(facts.lacks)},
+        what="engine.offload=true without {missing}",
+        why=(
+            "states in host memory are updated by DeepSpeed's CPU Adam, which is compiled once, by "
+            "ninja and a C++ compiler; DeepSpeed refuses torch's AdamW there. `pip install ninja` "
+            "and your system's g++ are what it takes."
+        ),
+        way_out="engine.offload=false",
+    ),
+    Rule(
+        name="fp16-zero0",
+        applies=lambda cfg, facts: cfg.engine.dtype == "fp16" and cfg.engine.zero_stage == 0,
+        what="engine.dtype=fp16 with engine.zero_stage=0",
+        why=(
+            "DeepSpeed divides the gradients by the loss scale there without having multiplied the "
+            "loss by it, so they are 65536 times too small: weights were measured to move by 1 to "
+            "10 % of what they should."
+        ),
+        way_out="engine=zero1",
+        issues=("deepspeedai/DeepSpeed#8393",),
+    ),
+    Rule(
         name="fp16-device",
         on_device=True,
         applies=lambda cfg, facts: cfg.engine.dtype == "fp16" and not facts.device.fp16,
@@ -373,22 +428,6 @@ RULES = (
         what="engine.dtype=bf16 on a CPU",
         why="it was measured to be 5 to 8 times slower than fp32 there.",
         way_out="engine.dtype=fp32",
-    ),
-    # What is not built yet; these rules go when it is.
-    Rule(
-        name="fp16-not-yet",
-        on_device=True,
-        applies=lambda cfg, facts: cfg.engine.dtype == "fp16",
-        what="engine.dtype=fp16",
-        why="loss scaling, and the tolerances of the proofs under it, are not built yet.",
-        way_out="engine.dtype=fp32",
-    ),
-    Rule(
-        name="offload-not-yet",
-        applies=lambda cfg, facts: cfg.engine.offload,
-        what="engine.offload=true",
-        why="keeping optimizer states in host memory is not built yet.",
-        way_out="engine=zero2",
     ),
 )
 

@@ -75,7 +75,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model of SFT, from the `model` settings."""
     if cfg.dtype != "auto":
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+        dtype = engine.DTYPES[cfg.dtype]
     return load_causal(cfg.path, tokenizer, dtype=dtype, revision=cfg.revision, attn=cfg.attn)
 
 

@@ -124,6 +124,7 @@ def _train(
 
     Raises:
         KeyboardInterrupt, Terminated: asked to stop, after a checkpoint.
+        StoppedByGuard: gradients overflow in fp16 whatever the scale of the loss.
     """
     rows = cfg.batch_size // ranks.world_size()
     micro = ranks.rows_per_pass(rows, cfg.micro_batch_size)
@@ -153,6 +154,7 @@ def _train(
             )
             | {"checkpoint": {"load_universal": converted}},
             bf16=engine.dtype(engine_cfg) == torch.bfloat16,
+            fp16=engine.dtype(engine_cfg) == torch.float16,
             gradient_checkpointing=engine_cfg.checkpointing,
             use_cpu=engine.device().type == "cpu",
             dataloader_pin_memory=engine.device().type != "cpu",
@@ -173,7 +175,7 @@ def _train(
             train_dataset=Dataset.from_list(train_rows),
             eval_dataset=Dataset.from_list(eval_rows),
         )
-        trainer.keeper = keeper
+        trainer.keeper, trainer.engine_cfg = keeper, engine_cfg
         trainer.rows_per_epoch = len(train_rows) // cfg.batch_size * cfg.batch_size
         trainer.remove_callback(_printer())
         trainer.add_callback(_Report(keeper, tracker, best_by, trainer))
@@ -204,14 +206,33 @@ def trainer_folder(checkpoint: Path) -> Path:
 class _Keeping:
     """A Trainer whose checkpoints are ours: complete or not there, and the sums between two log
     lines in them, so that a resumed run logs what an unbroken one does. Its epochs are whole
-    batches."""
+    batches; its optimizer is ours where the states are offloaded."""
 
     keeper: Keeper
+    engine_cfg: EngineConfig
     rows_per_epoch: int
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
         this: Any = self
         return RandomSampler(this.train_dataset, num_samples=self.rows_per_epoch)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        this: Any = self
+        made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if self.engine_cfg.offload:
+            kept = ("params", "weight_decay")
+            this.optimizer = engine.adamw(
+                [{name: group[name] for name in kept} for group in made.param_groups],
+                self.engine_cfg,
+                learning_rate=made.defaults["lr"],
+                eps=made.defaults["eps"],
+                betas=made.defaults["betas"],
+            )
+        return this.optimizer
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        with engine.ending_loss_scaling():
+            return super().train(*args, **options)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.keeper.save(self._write)
@@ -339,6 +360,8 @@ class _Report(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         numbers = {NAMES[name]: value for name, value in (logs or {}).items() if name in NAMES}
+        if engine.overflowed(self.trainer.deepspeed):
+            numbers.pop("train/grad_norm", None)  # of an update that was skipped
         held_out = {name: value for name, value in numbers.items() if name.startswith("eval/")}
         if held_out:
             self._held_out(held_out, state.global_step, control)

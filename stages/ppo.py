@@ -30,6 +30,7 @@ def main(cfg: config.PPOStage) -> None:
             engine.start(cfg.seed)
             for note in guards.check_device(cfg):
                 session.note(note)
+            engine.rehearse(cfg.engine)
             renderer, readers = text.renderers(sft, rms, cfg.template)
             prompts = {name: renderer.prompts(split, cfg.data) for name, split in splits.items()}
             train = splits["train"].rows

@@ -23,6 +23,7 @@ def main(cfg: config.RMStage) -> None:
             engine.start(cfg.seed)
             for note in guards.check_device(cfg):
                 session.note(note)
+            engine.rehearse(cfg.engine)
             tokenizer = text.load_parent_tokenizer(sft, template=cfg.template)
             renderer = text.Renderer(tokenizer)
             pairs = {name: renderer.pairs(split, cfg.data) for name, split in splits.items()}

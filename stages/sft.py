@@ -22,6 +22,7 @@ def main(cfg: config.SFTStage) -> None:
             engine.start(cfg.seed)
             for note in guards.check_device(cfg):
                 session.note(note)
+            engine.rehearse(cfg.engine)
             tokenizer = text.load_tokenizer(
                 cfg.model.path, template=cfg.template, revision=cfg.model.revision
             )

@@ -48,7 +48,7 @@ def stage(kind: type, **settings: Any) -> config.StageConfig:
 
 # (class, the field's group, field, a value that is refused, the end of the message)
 REFUSED = [
-    (ModelConfig, "model", "dtype", "fp16", "Choose one of: auto, fp32, bf16"),
+    (ModelConfig, "model", "dtype", "float16", "Choose one of: auto, fp32, bf16, fp16"),
     (DataConfig, "data", "max_bad_fraction", -0.1, r"must lie in \[0, 1\]"),
     (DataConfig, "data", "max_bad_fraction", 1.5, r"must lie in \[0, 1\]"),
     (DataConfig, "data", "max_prompt_tokens", 0, "must be a number above 0"),

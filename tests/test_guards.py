@@ -30,14 +30,18 @@ TABLE = {
     ("lora", 1, False): None,
     ("lora", 2, False): None,
     ("lora", 3, False): "zero3-adapter",
-    ("lora", 2, True): "offload-not-yet",
+    ("lora", 0, True): "offload-zero0",
+    ("lora", 1, True): None,
+    ("lora", 2, True): None,
     ("lora", 3, True): "zero3-adapter",
     ("full", 0, False): None,
     ("full", 1, False): None,
     ("full", 2, False): None,
     ("full", 3, False): None,
-    ("full", 2, True): "offload-not-yet",
-    ("full", 3, True): "offload-not-yet",
+    ("full", 0, True): "offload-zero0",
+    ("full", 1, True): None,
+    ("full", 2, True): None,
+    ("full", 3, True): None,
 }
 
 
@@ -52,12 +56,12 @@ def sft(**engine: Any) -> SimpleNamespace:
 @pytest.mark.parametrize(("method", "zero_stage", "offload"), TABLE)
 def test_a_combination_is_refused_by_its_rule_or_allowed(method, zero_stage, offload):
     cfg = sft(method=method, zero_stage=zero_stage, offload=offload)
-    rule = TABLE[method, zero_stage, offload]
+    rule, known = TABLE[method, zero_stage, offload], replace(guards.facts(), lacks=())
     if rule is None:
-        assert guards.check(cfg) == []
+        assert guards.check(cfg, known) == []
         return
-    with pytest.raises(ConfigError, match=rf"^\[{rule}\] engine\..* Use engine=zero2\.$") as caught:
-        guards.check(cfg)
+    with pytest.raises(ConfigError, match=rf"^\[{rule}\] engine\..* Use engine=zero2") as caught:
+        guards.check(cfg, known)
     assert "{" not in str(caught.value)  # filled in
 
 
@@ -167,8 +171,26 @@ CASES = [
         facts={"device": H200},
     ),
     Case("bf16-cpu", "ppo", ["engine.dtype=bf16"], ["5 to 8 times"], facts={"device": CPU}),
-    Case("fp16-not-yet", "sft", ["engine.dtype=fp16"], ["loss scaling"], facts={"device": T4}),
-    Case("offload-not-yet", "sft", ["engine=zero2_offload"], ["engine.offload=true"]),
+    Case(
+        "fp16-zero0",
+        "ppo",
+        ["engine=zero0", "engine.dtype=fp16"],
+        ["engine.dtype=fp16 with engine.zero_stage=0", "65536 times", "Use engine=zero1."],
+        facts={"device": T4},
+    ),
+    Case(
+        "offload-zero0",
+        "rm",
+        ["engine=zero0", "engine.offload=true"],
+        ["ZeRO-0 splits nothing", "Use engine=zero2_offload."],
+    ),
+    Case(
+        "offload-compiler",
+        "sft",
+        ["engine=zero2_offload"],
+        ["without a C++ compiler (c++) and ninja:", "`pip install ninja`", "engine.offload=false"],
+        facts={"lacks": ("a C++ compiler (c++)", "ninja")},
+    ),
 ]
 
 
@@ -191,12 +213,9 @@ def said(cfg: Any, known: guards.Facts) -> list[str]:
 def expect(case: Case) -> None:
     """The rule speaks about its case, says what it should, and is silent after its way out."""
     rule = next(rule for rule in guards.RULES if rule.name == case.rule)
-    plain = guards.facts()
+    plain = replace(guards.facts(), lacks=())
     known = replace(plain, versions=plain.versions | case.versions, **case.facts)
     with pytest.MonkeyPatch.context() as patch:
-        # What is not built yet hides what is about it.
-        built = [r for r in guards.RULES if r is rule or not r.name.endswith("-not-yet")]
-        patch.setattr(guards, "RULES", built)
         if case.only_stages is not None:
             row = replace(
                 METHODS["lora"], zero_stages=case.only_stages, zero_reason="a reset is undone."
@@ -258,8 +277,6 @@ def test_every_rule_has_a_case_above_and_a_name_of_its_own():
 
 def test_allowing_adapters_in_zero3_allows_only_what_the_table_has(monkeypatch):
     cfg = sft(zero_stage=3, allow_zero3_adapters=True)
-    built = [rule for rule in guards.RULES if not rule.name.endswith("-not-yet")]
-    monkeypatch.setattr(guards, "RULES", built)
     assert guards.check(cfg) == []
     row = replace(METHODS["lora"], zero_stages=(0, 1, 2), zero_reason="it hangs.")
     monkeypatch.setitem(METHODS, "lora", row)
@@ -344,6 +361,61 @@ def test_a_library_that_is_missing_is_left_to_who_imports_it(monkeypatch):
     assert guards.check(sft()) == []
 
 
+# ---------------------------------------------------------------- what CPU Adam is compiled with
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`tools("c++")`: a PATH with these programs alone, and python in a folder of its own."""
+    monkeypatch.delenv("CXX", raising=False)
+    places = [tmp_path / name for name in ("path", "scripts", "deepspeed")]
+    for place in places:
+        place.mkdir()
+    path, scripts, deepspeed = places
+    monkeypatch.setenv("PATH", str(path))
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    found = SimpleNamespace(submodule_search_locations=[str(deepspeed)])
+    monkeypatch.setattr(guards.importlib.util, "find_spec", lambda name: found)
+
+    def put(*programs: str, folder: str = "path") -> Path:
+        for program in programs:
+            file = tmp_path / folder / program
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("")
+            file.chmod(0o755)
+        return tmp_path
+
+    return put
+
+
+def test_what_is_missing_to_compile_cpu_adam_is_named(tools, monkeypatch):
+    assert guards.lacking() == ("a C++ compiler (c++)", "ninja")
+    tools("c++")
+    assert guards.lacking() == guards.facts().lacks == ("ninja",)
+    monkeypatch.setenv("CXX", "clang++-19")  # torch asks for this one then
+    assert guards.lacking() == ("a C++ compiler (clang++-19)", "ninja")
+    tools("clang++-19", "ninja")
+    assert guards.lacking() == ()
+
+
+def test_ninja_of_an_environment_that_is_not_activated_is_found(tools):
+    tools("c++")
+    tools("ninja", folder="scripts")
+    assert guards.lacking() == ()
+
+
+def test_nothing_is_missing_where_cpu_adam_was_installed_compiled(tools):
+    tools("cpu_adam_op.cpython-311-x86_64-linux-gnu.so", folder="deepspeed/ops/adam")
+    assert guards.lacking() == ()
+
+
+def test_nothing_is_missing_where_nothing_is_offloaded():
+    known = replace(guards.facts(), lacks=("ninja",))
+    assert guards.check(sft(), known) == []
+    with pytest.raises(ConfigError, match=r"^\[offload-compiler\] .* without ninja: "):
+        guards.check(sft(offload=True), known)
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -408,8 +480,7 @@ def test_the_device_is_looked_at_where_it_is_not_given(monkeypatch):
     assert guards.check_device(sft(dtype="fp32")) == guards.check_device(sft()) == []
 
 
-def test_fp16_is_for_gpus_without_bf16(monkeypatch):
-    monkeypatch.setattr(guards, "RULES", [r for r in guards.RULES if r.name != "fp16-not-yet"])
+def test_fp16_is_for_gpus_without_bf16():
     cfg = sft(dtype="fp16")
     on = {device: said(cfg, replace(guards.facts(), device=device)) for device in (T4, H200, CPU)}
     assert on[T4] == []

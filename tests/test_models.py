@@ -327,7 +327,8 @@ def test_special_ids_are_the_tokenizers(saved, tiny_tokenizer):
 
 def test_dtype_setting(saved, tiny_tokenizer):
     folder = str(saved())
-    for setting, expected in (("auto", torch.float32), ("bf16", torch.bfloat16)):
+    dtypes = {"auto": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for setting, expected in dtypes.items():
         cfg = ModelConfig(path=folder, dtype=setting)
         model = models.load_base(cfg, tiny_tokenizer, dtype=torch.float32)
         assert {p.dtype for p in model.parameters()} == {expected}

@@ -159,6 +159,19 @@ def test_without_gathering_nothing_is_published(tmp_path, monkeypatch, method, c
     assert not list(tmp_path.rglob("manifest.json"))
 
 
+@pytest.mark.parametrize("stage", list(SMALL))
+def test_a_setting_that_deepspeed_does_not_take_is_refused_before_a_weight_is_loaded(
+    line, monkeypatch, capfd, stage
+):
+    given = [f"runs_dir={line}", "tracking=off", "run_name=refused", *SMALL[stage]]
+    given += ["engine.deepspeed.zero_optimization.reduce_buket_size=9"]
+    assert run_stage(monkeypatch, stage, *given) == 2
+    said = capfd.readouterr().err
+    assert "refused: engine.deepspeed.zero_optimization.reduce_buket_size=9: DeepSpeed has" in said
+    assert "training" not in said
+    assert "Traceback" not in said
+
+
 def test_a_finished_run_is_left_alone(line, monkeypatch, capfd):
     before = snapshot(line / "ppo" / "tiny")
     fixed = [f"runs_dir={line}", "tracking=off", *SMALL["ppo"]]

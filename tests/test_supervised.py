@@ -68,7 +68,9 @@ def config(**settings):
     return TrainConfig(**given | {"warmup": 0.0, "schedule": "constant"} | settings)
 
 
-def train(trainer, model, tokenizer, rows, held_out=None, *, zero_stage=2, **settings):
+def train(
+    trainer, model, tokenizer, rows, held_out=None, *, engine_cfg=None, zero_stage=2, **settings
+):
     """Trains, and returns the numbers, the keeper and the tracker."""
     more = {"center_coef": settings.pop("center_coef", 0.0)} if trainer is train_rm else {}
     cfg, tracker = config(**settings), Tracker()
@@ -89,7 +91,7 @@ def train(trainer, model, tokenizer, rows, held_out=None, *, zero_stage=2, **set
             rows,
             rows if held_out is None else held_out,
             cfg=cfg,
-            engine_cfg=EngineConfig(zero_stage=zero_stage),
+            engine_cfg=engine_cfg or EngineConfig(zero_stage=zero_stage),
             seed=0,
             keeper=keeper,
             tracker=tracker,
