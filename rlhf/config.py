@@ -263,6 +263,7 @@ class PPOConfig:
     schedule: str = "linear"  # to zero at the last step [N+]
     critic_schedule: str | None = None  # null: as schedule
     max_grad_norm: float = 1.0
+    adam_epsilon: float = 1e-5  # [N+]; torch's is 1e-8, which a slow critic may need
     kl_coef: float = 0.05  # on the per-token k1 estimate, taken off the reward [N+]
     kl_in: str = "reward"  # or loss: a term of the policy's loss instead
     kl_estimator: str = "k2"  # of that term; see losses.kl_loss for the gradients of k1, k2, k3
@@ -299,6 +300,7 @@ class PPOConfig:
             _above("ppo.kl_budget", self.kl_budget, 0, "Use null for no limit.")
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
             _above(f"ppo.{name}", getattr(self, name), 0, "Nothing would be learnt.")
+        _above("ppo.adam_epsilon", self.adam_epsilon, 0, "1e-5 and 1e-8 are usual.")
         _above("ppo.cliprange", self.cliprange, 0, "0.2 is usual.")
         for name in ("gamma", "lam"):
             _between(f"ppo.{name}", getattr(self, name), 0, 1, "It discounts the future.")

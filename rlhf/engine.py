@@ -304,12 +304,13 @@ class Engine:
         micro_batch_size: int,
         accumulation: int,
         max_grad_norm: float,
+        epsilon: float = 1e-5,
     ) -> None:
         import deepspeed
 
         trained = [p for p in module.parameters() if p.requires_grad]
         self._frozen = len(trained) < len(list(module.parameters()))  # they are not saved
-        optimizer = adamw(trained, cfg, learning_rate=learning_rate, eps=1e-5)
+        optimizer = adamw(trained, cfg, learning_rate=learning_rate, eps=epsilon)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=trained,

@@ -118,6 +118,7 @@ def engines(
             micro_batch_size=micro,
             accumulation=rows // micro,
             max_grad_norm=cfg.max_grad_norm,
+            epsilon=cfg.adam_epsilon,
         )
 
     if critic is None:

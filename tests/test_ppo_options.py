@@ -362,3 +362,21 @@ def test_the_policys_schedule_leaves_out_the_steps_in_which_it_stands_still(make
 def test_a_policy_that_would_never_learn_is_refused():
     with pytest.raises(ConfigError, match=r"ppo\.critic_warmup=5 with ppo\.steps=5: the policy"):
         PPOConfig(steps=5, critic_warmup=5)
+
+
+@pytest.mark.parametrize("role", [1, 2], ids=["policy", "critic"])
+def test_adam_epsilon_is_added_to_the_root_of_the_second_moment(make_roles, role):
+    """Of one gradient g a first step makes lr * g / (|g| + epsilon)."""
+
+    def moved(epsilon):
+        rates = {"learning_rate": 1.0, "critic_learning_rate": 1.0}
+        cfg = stage(epochs=1, adam_epsilon=epsilon, max_grad_norm=1e9, **rates)
+        roles = make_roles(FULL)
+        before = weights(roles.policy if role == 1 else roles.critic)
+        after = updated(roles, noisy(ready(roles, cfg)), cfg)[role]
+        return torch.cat([(after[n] - before[n]).flatten() for n in before]).double()
+
+    large, small = moved(10.0), moved(0.01)
+    size = 10.0 * large.abs() / (1 - large.abs())  # |g|, of |step| = |g| / (|g| + 10)
+    assert float(size.max()) > 0.01
+    assert_close(small, large.sign() * size / (size + 0.01), rtol=0, atol=1e-3)
