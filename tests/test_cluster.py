@@ -23,7 +23,11 @@ from test_stages import ROOT, SMALL, numbers
 
 pytestmark = pytest.mark.slow
 
-SFT = [str(ROOT / "stages" / "sft.py"), "tracking=off", *SMALL["sft"]]
+STAGES = {
+    stage: [str(ROOT / "stages" / f"{stage}.py"), "tracking=off", *sizes]
+    for stage, sizes in SMALL.items()
+}
+SFT = STAGES["sft"]
 BIN = Path(sys.executable).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LONG = ["train.max_steps=8", "train.save_every=2"]
@@ -56,13 +60,13 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def weights(runs: Path) -> dict[str, torch.Tensor]:
-    return load_file(runs / "sft/tiny/model/model.safetensors")
+def weights(runs: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(runs / stage / "tiny/model/model.safetensors")
 
 
-def expect_same(runs: Path, other: Path) -> None:
-    assert numbers(runs, "sft") == numbers(other, "sft")
-    mine, theirs = weights(runs), weights(other)
+def expect_same(runs: Path, other: Path, stage: str = "sft") -> None:
+    assert numbers(runs, stage) == numbers(other, stage)
+    mine, theirs = weights(runs, stage), weights(other, stage)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -131,14 +135,16 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     assert not list(tmp_path.glob("*/sft/tiny"))
 
 
-def agents(machines: list[list[str]], address: str, *arguments: str) -> list[subprocess.Popen[str]]:
+def agents(
+    machines: list[list[str]], address: str, *arguments: str, stage: str = "sft"
+) -> list[subprocess.Popen[str]]:
     """torchrun on each of two machines, where a machine is what a command is run by."""
     started = []
     port = free_port()
     for place, machine in enumerate(machines):
         where = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(place)]
         where += ["--master_addr", address, "--master_port", port]
-        started.append(start(*machine, *TORCHRUN, *where, *SFT, *arguments))
+        started.append(start(*machine, *TORCHRUN, *where, *STAGES[stage], *arguments))
     return started
 
 
@@ -278,9 +284,15 @@ def machines() -> Iterator[list[list[str]]]:
 
 
 def test_two_machines_are_as_one(one, machines, tmp_path):
-    ended = [ends(agent) for agent in agents(machines, "10.77.0.1", f"runs_dir={tmp_path}")]
-    assert [code for code, _ in ended] == [0, 0], ended
-    expect_same(tmp_path, one)
+    """SFT, reward model and PPO, each from what the one before published there."""
+    for stage, command in STAGES.items():
+        given = f"runs_dir={tmp_path}"
+        ended = [ends(agent) for agent in agents(machines, "10.77.0.1", given, stage=stage)]
+        assert [code for code, _ in ended] == [0, 0], ended
+        if stage != "sft":
+            code, said = ends(start(sys.executable, *command, f"runs_dir={one}", NPROC="2"))
+            assert code == 0, said
+        expect_same(tmp_path, one, stage)
 
 
 def test_a_machine_that_falls_silent_is_not_waited_for(machines, tmp_path):
