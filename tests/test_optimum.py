@@ -47,9 +47,7 @@ def train(make_roles, cfg, reward_of):
     roles = make_roles(FullConfig(), vocabulary=VOCABULARY, initializer_range=0.1)
     if not cfg.algorithm.critic:
         roles = replace(roles, critic=None)
-    policy, critic = ppo.engines(
-        roles.policy, roles.critic, cfg.ppo, cfg.engine, per_prompt=cfg.sampling.per_prompt or 1
-    )
+    policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
     for step in range(1, cfg.ppo.steps + 1):
         found = drawn(roles.policy, cfg, prompts=[PROMPT] * cfg.ppo.batch_size, seed=step)
         scores = torch.tensor([reward_of(answer) for answer in found.answer_ids()])
