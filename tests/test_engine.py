@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import start_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -283,27 +282,9 @@ def worker(folder):
 
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=100)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    folder = str(tmp_path / "extensions")
+    env = {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": folder}
+    start_ranks(2, __file__, str(tmp_path), timeout=200, **env)
     expected, expected_norms = by_torch()
     for name in (f"zero{stage}-rank{rank}" for stage in (0, 2, 3) for rank in range(2)):
         state = load_file(tmp_path / f"{name}.safetensors")

@@ -11,13 +11,12 @@ import contextlib
 import json
 import os
 import runpy
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import start_ranks
 from safetensors.torch import load_file
 from test_stages import ROOT, numbers
 
@@ -70,27 +69,6 @@ def launch(folder: Path, method: str, processes: int, engines: tuple[int, ...] =
     folder.mkdir(parents=True)
     start_ranks(processes, __file__, str(folder), method, *map(str, engines or ENGINES[method]))
     return folder
-
-
-def start_ranks(processes: int, *command: str) -> list[str]:
-    """Run a Python file as so many ranks; what each of them said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | common | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    said = [process.communicate(timeout=1500)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
-    return said
 
 
 # what is compared --------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import test_engine
 import torch
+from launching import start_ranks
 from safetensors.torch import load_file, save_file
 from test_engine import LEARNING_RATE, MAX_GRAD_NORM, batch, by_torch
 from test_supervised import demonstrations, policy, train, train_sft
@@ -264,26 +264,7 @@ def worker(folder):
 @pytest.mark.slow
 @pytest.mark.usefixtures("said")
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(output)
+    output = start_ranks(2, __file__, str(tmp_path), timeout=200)
     assert "building" not in "".join(output)
     expected, expected_norms = by_torch()
     for name in (f"zero{stage}-rank{rank}" for stage in (2, 3) for rank in range(2)):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from dataclasses import fields, replace
 
 import pytest
 import torch
+from launching import start_ranks
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -605,26 +604,7 @@ def test_two_processes_do_what_one_does(make_roles, tmp_path):
     save_file(tensors, tmp_path / "batch.safetensors")
     roles.policy.save_pretrained(tmp_path / "policy")
     roles.critic.save_pretrained(tmp_path / "critic")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    start_ranks(2, __file__, str(tmp_path), timeout=200)
 
     batch, stats = ppo.estimate_advantages(batch, cfg)
     more, policy, critic = updated(roles, batch, cfg)

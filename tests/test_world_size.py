@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_matrix import SIZES, start_ranks, worst
+from launching import start_ranks
+from test_matrix import SIZES, worst
 from test_stages import ROOT, numbers, run_stage
 
 STAGES = list(SIZES)
