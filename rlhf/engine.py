@@ -43,6 +43,8 @@ LOSS_SCALING = {
     "min_loss_scale": 1,
 }
 
+REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's own, for gradients that are reduced together
+
 
 def start(seed: int) -> None:
     """Join the process group (of one, when started by plain `python`) and seed every generator.
@@ -199,12 +201,19 @@ def where(cfg: EngineConfig) -> dict[str, str]:
 
 
 def deepspeed_config(
-    cfg: EngineConfig, *, micro_batch_size: int, accumulation: int, max_grad_norm: float
+    cfg: EngineConfig,
+    model: nn.Module | None = None,
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+    max_grad_norm: float,
 ) -> dict[str, Any]:
     """The whole DeepSpeed config, for our engines and for TRL's trainers alike.
 
     Args:
         cfg: the `engine` settings.
+        model: what will be trained. Buckets are then no larger than its trained weights, rather
+            than DeepSpeed's half a billion numbers (2 GB of fp32) for however small an adapter.
         micro_batch_size: rows per forward pass and process.
         accumulation: backward passes per optimizer step.
         max_grad_norm: global gradient norm is clipped to it.
@@ -212,6 +221,9 @@ def deepspeed_config(
     zero: dict[str, Any] = {"stage": cfg.zero_stage}
     if cfg.zero_stage == 3 and cfg.partition_threshold is not None:
         zero["stage3_param_persistence_threshold"] = cfg.partition_threshold
+    if model is not None:
+        trained = sum(size_of(p) for p in model.parameters() if p.requires_grad)
+        zero["reduce_bucket_size"] = min(REDUCE_BUCKET, trained)
     for part in offloaded(cfg):
         zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
@@ -318,6 +330,7 @@ class Engine:
             lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, factor),
             config=deepspeed_config(
                 cfg,
+                module,
                 micro_batch_size=micro_batch_size,
                 accumulation=accumulation,
                 max_grad_norm=max_grad_norm,

@@ -148,6 +148,7 @@ def _train(
             optim="adamw_torch",
             deepspeed=engine.deepspeed_config(
                 engine_cfg,
+                model,
                 micro_batch_size=micro,
                 accumulation=accumulation,
                 max_grad_norm=cfg.max_grad_norm,

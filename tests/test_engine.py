@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,20 @@ def test_deepspeed_config(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert config()["train_batch_size"] == 60
     json.dumps(config())
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_buckets_are_no_larger_than_what_is_trained(zero_stage):
+    """Half a billion numbers, which DeepSpeed sets aside otherwise, are 2 GB for any adapter."""
+    module = network()
+    module[0].requires_grad_(False)
+    cfg = EngineConfig(zero_stage=zero_stage, dtype="fp32")
+    sizes = {"micro_batch_size": 1, "accumulation": 1, "max_grad_norm": 1.0}
+    made = engine.Engine(module, cfg, learning_rate=1.0, factor=factor, **sizes)
+    assert made._engine.optimizer.reduce_bucket_size == 8 * 8 + 8 + 8 + 1
+    chosen = replace(cfg, deepspeed={"zero_optimization": {"reduce_bucket_size": 7}})
+    config = engine.deepspeed_config(chosen, module, **sizes)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 7
 
 
 # updates -----------------------------------------------------------------------------------------
