@@ -411,11 +411,12 @@ def test_a_checkpoint_brings_back_critic_and_both_optimizers(make_roles, tmp_pat
     for model, then in zip((fresh.policy, fresh.critic), expected, strict=True):
         assert_same(then, weights(model), rtol=0, atol=1e-7)
 
-    for model, then, now in zip((fresh.policy, fresh.critic), kept, expected, strict=True):
+    again = make_roles()
+    for model, then, now in zip((again.policy, again.critic), kept, expected, strict=True):
         model.load_state_dict(then)  # the weights alone: Adam and the schedule begin anew
         assert any(not torch.equal(then[name], now[name]) for name in now)
-    ppo.update(*engines(fresh), batch, cfg, step=3)
-    for model, then in zip((fresh.policy, fresh.critic), expected, strict=True):
+    ppo.update(*engines(again), batch, cfg, step=3)
+    for model, then in zip((again.policy, again.critic), expected, strict=True):
         apart = max(float((t - then[name]).abs().max()) for name, t in weights(model).items())
         assert apart > 1e-3, "the test could not tell"
 

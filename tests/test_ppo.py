@@ -450,12 +450,11 @@ def test_minibatches_see_every_row_once_in_an_order_of_their_own(make_roles, mon
         lambda p, micro, *a, **k: seen.append(micro) or train(p, micro, *a, **k),
     )
     cfg = stage(epochs=2, minibatches=4, micro_batch_size=1)
-    roles = make_roles()
-    batch = ready(roles, cfg)
+    batch = ready(make_roles(), cfg)
 
     def order(step, seed=0):
         seen.clear()
-        updated(roles, batch, replace(cfg, seed=seed), step=step)
+        updated(make_roles(), batch, replace(cfg, seed=seed), step=step)
         return [tuple(part.ids[part.mask].tolist()) for part in seen]
 
     one = order(1)
