@@ -1,7 +1,7 @@
 # RLHF in three stages. `make` lists what there is; README.md explains it.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup check test test-slow sft rm ppo base clean
+.PHONY: help setup check test test-slow sft rm ppo methods base clean
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -46,6 +46,9 @@ rm: setup ## stage 2: the reward model
 
 ppo: setup ## stage 3: PPO
 	$(STAGE)/ppo.py run=$(RUN) $(PPO_ARGS)
+
+methods: setup ## SFT by every fine-tuning method under one budget: a table and a plot
+	$(BIN)/python benchmarks/methods.py $(METHODS_ARGS)
 
 base: setup ## rebuild the tiny base model and its world (minutes)
 	$(BIN)/python data/tiny/pretrain.py

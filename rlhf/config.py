@@ -20,28 +20,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from rlhf import deepspeed_settings
+from rlhf.checks import above, between, one_of
 from rlhf.errors import ConfigError
+from rlhf.methods.settings import METHOD_SETTINGS, LoraConfig, MethodConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONF = PROJECT / "conf"
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+,-]{0,119}")
-
-
-def _above(name: str, value: float, low: float, why: str) -> None:
-    if not low < value < math.inf:  # not a number is refused too
-        raise ConfigError(f"{name}={value}: must be a number above {low:g}. {why}")
-
-
-def _between(name: str, value: float, low: float, high: float, why: str) -> None:
-    if not low <= value <= high or math.isinf(value):
-        raise ConfigError(f"{name}={value}: must lie in [{low:g}, {high:g}]. {why}")
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(str(choice) for choice in choices)
-        raise ConfigError(f"{name}={value}: no such choice. Choose one of: {listed}.")
 
 
 # ---------------------------------------------------------------- groups
@@ -57,7 +43,7 @@ class ModelConfig:
     attn: str = "auto"  # attention implementation of transformers; auto: its own choice
 
     def __post_init__(self) -> None:
-        _one_of("model.dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+        one_of("model.dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclass
@@ -89,11 +75,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         why = "A bad row is dropped and counted; this share of them is accepted."
-        _between("data.max_bad_fraction", self.max_bad_fraction, 0, 1, why)
+        between("data.max_bad_fraction", self.max_bad_fraction, 0, 1, why)
         for name in ("max_prompt_tokens", "max_response_tokens"):
-            _above(f"data.{name}", getattr(self, name), 0, "Longer rows are dropped and counted.")
+            above(f"data.{name}", getattr(self, name), 0, "Longer rows are dropped and counted.")
         if self.max_rows is not None:
-            _above("data.max_rows", self.max_rows, 0, "Use null for all rows.")
+            above("data.max_rows", self.max_rows, 0, "Use null for all rows.")
 
 
 @dataclass
@@ -102,41 +88,6 @@ class TemplateConfig:
 
     name: str = MISSING
     chat_template: str | None = None
-
-
-@dataclass
-class MethodConfig:
-    """Which weights are trained, and how. `rlhf/methods/table.py` says what each method allows."""
-
-    name: str = MISSING
-
-
-@dataclass
-class FullConfig(MethodConfig):
-    """Every weight is trained."""
-
-    name: str = "full"
-
-    def __post_init__(self) -> None:
-        _one_of("method.name", self.name, ("full",))
-
-
-@dataclass
-class LoraConfig(MethodConfig):
-    """Low-rank adapters on linear layers (Hu et al. 2021): W + alpha/rank * B A, B = 0 at start."""
-
-    name: str = "lora"
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: str = "all-linear"  # or layer names, comma-separated: q_proj,v_proj
-
-    def __post_init__(self) -> None:
-        _one_of("method.name", self.name, ("lora",))
-        why = "It is the inner size of the two LoRA matrices; 8 to 64 is usual."
-        _above("method.rank", self.rank, 0, why)
-        _above("method.alpha", self.alpha, 0, "The update is scaled by alpha / rank.")
-        _between("method.dropout", self.dropout, 0, 0.99, "It is a probability.")
 
 
 @dataclass
@@ -152,11 +103,11 @@ class EngineConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # its settings that have no name here
 
     def __post_init__(self) -> None:
-        _one_of("engine.zero_stage", self.zero_stage, (0, 1, 2, 3))
+        one_of("engine.zero_stage", self.zero_stage, (0, 1, 2, 3))
         if self.partition_threshold is not None:
             why = "It counts values; 0 splits every weight."
-            _between("engine.partition_threshold", self.partition_threshold, 0, math.inf, why)
-        _one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
+            between("engine.partition_threshold", self.partition_threshold, 0, math.inf, why)
+        one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16", "fp16"))
         deepspeed_settings.check(self.deepspeed)
 
 
@@ -174,17 +125,23 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     eval_every: int = 50  # optimizer steps; the best of these checkpoints is published
     save_every: int = 50  # optimizer steps; what an interrupted run loses at most
+    patience: int | None = None  # evaluations without a better one that end training; null: none do
+    neftune_alpha: float | None = None  # noise on embeddings (Jain et al. 2023), 5 to 15; null: off
 
     def __post_init__(self) -> None:
-        _above("train.learning_rate", self.learning_rate, 0, "Nothing would be learnt.")
-        _above("train.epochs", self.epochs, 0, "Nothing would be learnt.")
+        above("train.learning_rate", self.learning_rate, 0, "Nothing would be learnt.")
+        above("train.epochs", self.epochs, 0, "Nothing would be learnt.")
         for name in ("batch_size", "micro_batch_size", "eval_every", "save_every"):
-            _above(f"train.{name}", getattr(self, name), 0, "It counts rows or steps.")
+            above(f"train.{name}", getattr(self, name), 0, "It counts rows or steps.")
         if self.max_steps is not None:
-            _above("train.max_steps", self.max_steps, 0, "Use null for what train.epochs says.")
-        _one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
-        _between("train.warmup", self.warmup, 0, 1, "It is a share of all steps.")
-        _above("train.max_grad_norm", self.max_grad_norm, 0, "1.0 is usual.")
+            above("train.max_steps", self.max_steps, 0, "Use null for what train.epochs says.")
+        one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
+        between("train.warmup", self.warmup, 0, 1, "It is a share of all steps.")
+        above("train.max_grad_norm", self.max_grad_norm, 0, "1.0 is usual.")
+        if self.patience is not None:
+            above("train.patience", self.patience, 0, "It counts evaluations; null: to the end.")
+        if self.neftune_alpha is not None:
+            above("train.neftune_alpha", self.neftune_alpha, 0, "Use null to switch it off.")
 
 
 @dataclass
@@ -210,16 +167,16 @@ class SamplingConfig:
                 "distribution; 1.0 is the usual choice."
             )
         if self.top_k is not None:
-            _above("sampling.top_k", self.top_k, 0, "Use null for all tokens.")
+            above("sampling.top_k", self.top_k, 0, "Use null for all tokens.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"sampling.top_p={self.top_p}: must lie in (0, 1]. It is the probability that the "
                 "kept tokens share; use null for all."
             )
         if self.per_prompt is not None:
-            _above("sampling.per_prompt", self.per_prompt, 0, "It counts answers.")
-        _above("sampling.max_new_tokens", self.max_new_tokens, 0, "Nothing would be sampled.")
-        _above("sampling.batch_size", self.batch_size, 0, "It counts sequences.")
+            above("sampling.per_prompt", self.per_prompt, 0, "It counts answers.")
+        above("sampling.max_new_tokens", self.max_new_tokens, 0, "Nothing would be sampled.")
+        above("sampling.batch_size", self.batch_size, 0, "It counts sequences.")
 
 
 @dataclass
@@ -235,7 +192,7 @@ class AlgorithmConfig:
     scale: bool = True  # grpo: divide by the std of a prompt's answers; false is Dr. GRPO
 
     def __post_init__(self) -> None:
-        _one_of("algorithm.name", self.name, ("ppo", "rloo", "grpo", "reinforce_pp"))
+        one_of("algorithm.name", self.name, ("ppo", "rloo", "grpo", "reinforce_pp"))
 
     @property
     def critic(self) -> bool:
@@ -295,26 +252,26 @@ class PPOConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "micro_batch_size", "epochs", "minibatches")
         for name in (*counts, "eval_every", "save_every"):
-            _above(f"ppo.{name}", getattr(self, name), 0, "It counts something.")
+            above(f"ppo.{name}", getattr(self, name), 0, "It counts something.")
         if self.kl_budget is not None:
-            _above("ppo.kl_budget", self.kl_budget, 0, "Use null for no limit.")
+            above("ppo.kl_budget", self.kl_budget, 0, "Use null for no limit.")
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
-            _above(f"ppo.{name}", getattr(self, name), 0, "Nothing would be learnt.")
-        _above("ppo.adam_epsilon", self.adam_epsilon, 0, "1e-5 and 1e-8 are usual.")
-        _above("ppo.cliprange", self.cliprange, 0, "0.2 is usual.")
+            above(f"ppo.{name}", getattr(self, name), 0, "Nothing would be learnt.")
+        above("ppo.adam_epsilon", self.adam_epsilon, 0, "1e-5 and 1e-8 are usual.")
+        above("ppo.cliprange", self.cliprange, 0, "0.2 is usual.")
         for name in ("gamma", "lam"):
-            _between(f"ppo.{name}", getattr(self, name), 0, 1, "It discounts the future.")
+            between(f"ppo.{name}", getattr(self, name), 0, 1, "It discounts the future.")
         off = ("kl_coef", "vf_coef", "missing_eos_penalty", "overlong_penalty", "overlong_buffer")
         for name in (*off, "entropy_coef", "critic_warmup", "ptx_coef"):
-            _between(f"ppo.{name}", getattr(self, name), 0, math.inf, "0 switches it off.")
-        _one_of("ppo.kl_in", self.kl_in, ("reward", "loss"))
-        _one_of("ppo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+            between(f"ppo.{name}", getattr(self, name), 0, math.inf, "0 switches it off.")
+        one_of("ppo.kl_in", self.kl_in, ("reward", "loss"))
+        one_of("ppo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         for name in ("kl_target", "score_clip", "cliprange_high", "cliprange_value"):
             if getattr(self, name) is not None:
-                _above(f"ppo.{name}", getattr(self, name), 0, "Use null to switch it off.")
-        _above("ppo.kl_horizon", self.kl_horizon, 0.2 * self.batch_size, "10000 is usual.")
+                above(f"ppo.{name}", getattr(self, name), 0, "Use null to switch it off.")
+        above("ppo.kl_horizon", self.kl_horizon, 0.2 * self.batch_size, "10000 is usual.")
         if self.dual_clip is not None:
-            _above("ppo.dual_clip", self.dual_clip, 1, "3 is usual; null switches it off.")
+            above("ppo.dual_clip", self.dual_clip, 1, "3 is usual; null switches it off.")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ConfigError(
                 f"ppo.kl_target={self.kl_target} with ppo.kl_coef=0: a coefficient of 0 is never "
@@ -322,8 +279,8 @@ class PPOConfig:
             )
         for name in ("schedule", "critic_schedule"):
             if (chosen := getattr(self, name)) is not None:
-                _one_of(f"ppo.{name}", chosen, ("constant", "linear", "cosine"))
-        _between("ppo.warmup", self.warmup, 0, 1, "It is a share of all optimizer steps.")
+                one_of(f"ppo.{name}", chosen, ("constant", "linear", "cosine"))
+        between("ppo.warmup", self.warmup, 0, 1, "It is a share of all optimizer steps.")
         if self.critic_warmup >= self.steps:
             raise ConfigError(
                 f"ppo.critic_warmup={self.critic_warmup} with ppo.steps={self.steps}: the policy "
@@ -361,11 +318,11 @@ class StopConfig:
     length_drop: float | None = 0.8  # share of the answers' length that is lost
 
     def __post_init__(self) -> None:
-        _above("stop.patience", self.patience, 0, "It counts steps.")
+        above("stop.patience", self.patience, 0, "It counts steps.")
         if self.ratio is not None:
-            _above("stop.ratio", self.ratio, 1, "It is a factor; null switches the rule off.")
+            above("stop.ratio", self.ratio, 1, "It is a factor; null switches the rule off.")
         if self.score_drop is not None:
-            _above("stop.score_drop", self.score_drop, 0, "Null switches the rule off.")
+            above("stop.score_drop", self.score_drop, 0, "Null switches the rule off.")
         for name in ("eos_drop", "length_drop"):
             if (value := getattr(self, name)) is not None and not 0 < value < 1:
                 raise ConfigError(
@@ -486,8 +443,8 @@ class EvaluationConfig:
     samples: int = 5  # answers shown on the console; samples.jsonl holds all
 
     def __post_init__(self) -> None:
-        _between("evaluation.prompts", self.prompts, 0, math.inf, "0 switches it off.")
-        _between("evaluation.samples", self.samples, 0, math.inf, "It counts answers.")
+        between("evaluation.prompts", self.prompts, 0, math.inf, "0 switches it off.")
+        between("evaluation.samples", self.samples, 0, math.inf, "It counts answers.")
 
 
 @dataclass
@@ -499,7 +456,7 @@ class TrackingConfig:
     entity: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("tracking.mode", self.mode, ("auto", "online", "offline", "off"))
+        one_of("tracking.mode", self.mode, ("auto", "online", "offline", "off"))
 
 
 # ---------------------------------------------------------------- stages
@@ -528,7 +485,7 @@ class StageConfig:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: must be a whole number from 0 to {2**32 - 1}.")
         why = "A run goes on from the newest whole checkpoint; 2 guard against a damaged one."
-        _above("keep_checkpoints", self.keep_checkpoints, 0, why)
+        above("keep_checkpoints", self.keep_checkpoints, 0, why)
         for name in ("run", "run_name"):
             value = getattr(self, name)
             if not RUN_NAME.fullmatch(value):
@@ -558,7 +515,7 @@ class RMStage(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _between("center_coef", self.center_coef, 0, math.inf, "0 switches it off.")
+        between("center_coef", self.center_coef, 0, math.inf, "0 switches it off.")
 
 
 @dataclass
@@ -574,6 +531,11 @@ class PPOStage(StageConfig):
     reward: RewardConfig = MISSING  # where none is chosen: the reward model of rm_from
     ppo: PPOConfig = field(default_factory=PPOConfig)
     stop: StopConfig = field(default_factory=StopConfig)
+
+    @property
+    def room(self) -> int:
+        """Positions that are needed beside those of a prompt."""
+        return self.sampling.max_new_tokens + self.method.positions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -606,7 +568,7 @@ GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "template": TemplateConfig,
-    "method": LoraConfig,  # the largest; FullConfig has no settings
+    "method": LoraConfig,  # the default one; each method has settings of its own
     "engine": EngineConfig,
     "algorithm": AlgorithmConfig,
     "reward": RewardConfig,
@@ -621,8 +583,8 @@ def register() -> None:
         store.store(name=f"{name}_schema", node=schema)
     for group, node in GROUPS.items():
         store.store(group=group, name=f"{group}_schema", node=node)
-    for method in (FullConfig, LoraConfig):
-        store.store(group="method", name=f"{method.name}_schema", node=method)
+    for method, kind in METHOD_SETTINGS.items():
+        store.store(group="method", name=f"{method}_schema", node=kind(name=method))
     engine = OmegaConf.structured(EngineConfig)
     OmegaConf.set_struct(engine.deepspeed, False)  # any name is let in, without a + before it
     store.store(group="engine", name="engine_schema", node=engine)

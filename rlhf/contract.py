@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf import parts
-from rlhf.config import EngineConfig, MethodConfig, PPOStage, TrainConfig
+from rlhf.config import EngineConfig, PPOStage, TrainConfig
 from rlhf.data import Split
 from rlhf.errors import ConfigError, RegistryError
+from rlhf.methods.settings import MethodConfig
 from rlhf.methods.table import METHODS
 from rlhf.ranks import is_main
 from rlhf.registry import Published, Registry, parse_reference
@@ -60,8 +61,49 @@ def ppo_parents(registry: Registry, cfg: PPOStage) -> tuple[Published, list[Publ
     rms = [parent(registry, "rm_from", name) for name in cfg.reward.references]
     for rm in rms:
         check_pair(sft, rm, cfg)
+    check_method(sft, cfg.method)
+    _check_beginning(sft, rms, cfg)
     check_sharing(sft, rms[0] if rms else None, cfg.method, cfg.engine, cfg.share_backbone)
     return sft, rms
+
+
+def check_method(parent: Published, method: MethodConfig) -> None:
+    """Refuse another method on an adapter that cannot be merged: only that adapter can go on.
+
+    Raises:
+        ConfigError: another method, or one of another size.
+    """
+    made = parent.manifest.method
+    if not METHODS[made.name].adapter or METHODS[made.name].mergeable:
+        return
+    if method.name != made.name:
+        raise ConfigError(
+            f"method={method.name}: {parent.reference} was trained by method={made.name}, which "
+            "cannot be merged into the weights, and two kinds of adapters are not stacked here. "
+            f"Use method={made.name}, which goes on with its adapter, or start from a run whose "
+            "method can be merged (`rlhf doctor` lists them)."
+        )
+    for name in ("tokens", "size", "rank"):
+        asked, has = getattr(method, name, None), made.settings.get(name)
+        if asked != has:
+            raise ConfigError(
+                f"method.{name}={asked}: the adapter of {parent.reference}, which this run goes on "
+                f"with, has {name}={has}. Set method.{name}={has}."
+            )
+
+
+def _check_beginning(sft: Published, rms: Sequence[Published], cfg: PPOStage) -> None:
+    """Policy and critic begin as the SFT model and the reward model."""
+    if METHODS[cfg.method.name].neutral:
+        return
+    for run in (sft, *rms[:1]):
+        if run.manifest.method.name != cfg.method.name:
+            raise ConfigError(
+                f"method={cfg.method.name} on {run.reference}, which was trained by method="
+                f"{run.manifest.method.name}: what it adds changes the model before anything is "
+                f"learnt, so PPO would not begin as {run.reference}. Use method=lora, or train "
+                f"{run.reference} by method={cfg.method.name} too."
+            )
 
 
 def check_sharing(
@@ -89,21 +131,24 @@ def why_apart(
     sft: Published, rm: Published | None, method: MethodConfig, engine: EngineConfig
 ) -> str | None:
     """Why the roles cannot share one frozen backbone; None where they can."""
-    if not METHODS[method.name].adapter:
+    row = METHODS[method.name]
+    if not row.adapter:
         return f"method={method.name} trains the backbone itself"
+    if not row.shares:
+        return f"method={method.name} has one adapter to a model here"
     if engine.zero_stage == 3:
         return "engine.zero_stage=3 splits what a role trains, and would leave the backbone whole"
     if rm is None:
         return "there is no reward model, with whose adapter the critic would go on"
     if not is_adapter_on(sft, rm):
-        return f"{rm.reference} is not an adapter on {sft.reference}, but another model"
+        return f"{rm.reference} is not a LoRA adapter on {sft.reference}, but another model"
     return None
 
 
 def is_adapter_on(sft: Published, rm: Published) -> bool:
-    """Whether the reward model was trained as an adapter on this very SFT model."""
+    """Whether the reward model was trained as a LoRA adapter on this very SFT model."""
     trained_on = [parent.digest for parent in rm.manifest.parents if parent.role == "policy"]
-    return trained_on == [sft.digest] and (rm.model_dir / "adapter").is_dir()
+    return trained_on == [sft.digest] and METHODS[rm.manifest.method.name].shares
 
 
 def check_pair(policy: Published, reward_model: Published, cfg: PPOStage) -> None:
@@ -185,7 +230,8 @@ def check_positions(run: Published, longest: int, lower: str) -> None:
     Raises:
         ConfigError: they do not fit.
     """
-    folder = run.model_dir if run.under is None else run.tokenizer_dir
+    folder = run.tokenizer_dir if run.is_checkpoint else run.model_dir
+    folder = folder / parts.BASE if (folder / parts.BASE).is_dir() else folder
     most = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     refuse_beyond(most, longest, run.reference, lower)
 

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf import guards, tracking
 from rlhf.config import PROJECT
 from rlhf.guards import within
-from rlhf.methods.table import METHODS
+from rlhf.methods.table import METHODS, Method
 
 WANDB_URL = "https://api.wandb.ai"
 
@@ -66,13 +66,18 @@ def examine(runs_dir: str) -> Report:
 
 def _libraries() -> list[Library]:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    needs = {"python": project["requires-python"], **guards.needed()}
+    optional = guards.needed("qlora")
+    needs = {"python": project["requires-python"], **guards.needed(), **optional}
     found = {name: guards.installed(name) for name in needs}
     found["python"] = platform.python_version()
     return [
-        Library(name, version, needs[name], version is not None and within(version, needs[name]))
+        Library(name, version, needs[name], _fits(version, needs[name], name in optional))
         for name, version in found.items()
     ]
+
+
+def _fits(version: str | None, bounds: str, optional: bool) -> bool:
+    return optional if version is None else within(version, bounds)
 
 
 def _misfits(libraries: list[Library]) -> list[str]:
@@ -167,24 +172,64 @@ one message and exit code 2; a note is printed, and the stage goes on. `...` sta
 """
 
 METHOD_HEAD = """
-## Methods and ZeRO stages
+## Methods
 
-`method-zero-stage` refuses the stages that are not in a row: training was not right in them. For
-adapters `zero3-adapter` refuses stage 3 all the same, unless `engine.allow_zero3_adapters=true`.
+What each method allows; docs/methods.md says which to take. *Merges*: it is published as whole
+weights; otherwise as a base and an adapter, and a run that starts from it goes on with the latter.
+*Shares*: in PPO all roles can be adapters on one model. *PPO*: "after itself" where it changes the
+model before anything is learnt, so that SFT and reward model must have been trained by it too.
+*Recomputes*: `engine.checkpointing=true` is possible. *4 bits*: `method.quantization` is possible.
+`method-zero-stage` refuses the ZeRO stages that are not in a row; for adapters `zero3-adapter`
+refuses stage 3 all the same, unless `engine.allow_zero3_adapters=true`.
 
-| method | what is trained | ZeRO stages | what goes wrong in the others |
-|---|---|---|---|
+| method | what is trained | from | merges | PPO | shares | recomputes | 4 bits | ZeRO stages |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+REASONS_HEAD = """
+## Why a method is refused in a stage
+
 """
 
 
 def as_markdown() -> str:
     """docs/guards.md."""
-    rows = [
-        f"| `{row.name}` | {row.title} | {', '.join(map(str, row.zero_stages))} "
-        f"| {row.zero_reason or '-'} |\n"
-        for row in METHODS.values()
+    rules = map(_section, rules_in_words())
+    rows = map(_method_row, METHODS.values())
+    return "".join([HEAD, *rules, METHOD_HEAD, *rows, REASONS_HEAD, *_reasons()])
+
+
+def _method_row(row: Method) -> str:
+    ppo = "no" if row.ppo_reason else "yes" if row.neutral else "after itself"
+    flags = (
+        "yes" if row.mergeable or not row.adapter else "no",
+        ppo,
+        *("yes" if flag else "no" for flag in (row.shares, row.checkpointing, row.quantization)),
+        ", ".join(map(str, row.zero_stages)),
+    )
+    return f"| {' | '.join((f'`{row.name}`', row.title, row.paper, *flags))} |\n"
+
+
+def _reasons() -> list[str]:
+    """Each reason once, with the methods it is about."""
+    about: dict[tuple[str, str], list[str]] = {}
+    for row in METHODS.values():
+        left = ", ".join(str(stage) for stage in range(4) if stage not in row.zero_stages)
+        for where, reason in (
+            ("reward model", row.rm_reason),
+            ("PPO", row.ppo_reason),
+            (f"ZeRO {left}", row.zero_reason if left else ""),
+        ):
+            if reason:
+                about.setdefault((where, reason), []).append(f"`{row.name}`")
+    lines = [f"{where}: {', '.join(who)}: {why}." for (where, why), who in about.items()]
+    return [
+        textwrap.fill(
+            line, 100, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
+        )
+        + "\n"
+        for line in lines
     ]
-    return "".join([HEAD, *map(_section, rules_in_words()), METHOD_HEAD, *rows])
 
 
 def _section(rule: dict[str, Any]) -> str:

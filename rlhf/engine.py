@@ -304,6 +304,11 @@ class Engine:
     Losses given to `backward` are parts of a sum over all micro-batches and all processes, already
     divided by the global count; one `step` follows each `backward`, and every `accumulation`-th
     of them updates the weights.
+
+    Args:
+        learning_rate: of all that is trained, where `groups` does not say otherwise.
+        factor: optimizer step -> factor on the learning rate of each group.
+        groups: all trained weights, as torch's optimizers take groups; None: one group.
     """
 
     def __init__(
@@ -317,12 +322,13 @@ class Engine:
         accumulation: int,
         max_grad_norm: float,
         epsilon: float = 1e-5,
+        groups: list[dict[str, Any]] | None = None,
     ) -> None:
         import deepspeed
 
         trained = [p for p in module.parameters() if p.requires_grad]
         self._frozen = len(trained) < len(list(module.parameters()))  # they are not saved
-        optimizer = adamw(trained, cfg, learning_rate=learning_rate, eps=epsilon)
+        optimizer = adamw(groups or trained, cfg, learning_rate=learning_rate, eps=epsilon)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=trained,
@@ -423,6 +429,11 @@ def separate_steps(ds_engine: Any) -> None:
     for state in inner.state.values() if inner is not None else ():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
+
+
+def torch_optimizer(ds_engine: Any) -> torch.optim.Optimizer:
+    """The optimizer inside a DeepSpeed engine; under ZeRO its groups hold this process's part."""
+    return ds_engine.basic_optimizer
 
 
 def note_grad_norm(ds_engine: Any) -> None:

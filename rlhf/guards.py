@@ -73,16 +73,17 @@ class Facts:
 
 def facts(processes: int = 1) -> Facts:
     """What can be known without torch."""
-    needs = needed()
+    needs = needed() | needed("qlora")
     found = {name: installed(name) for name in needs}
     versions = {name: text for name, text in found.items() if text}
     return Facts(versions, needs, processes, lacks=lacking())
 
 
-def needed() -> dict[str, str]:
-    """Library -> the versions pyproject.toml asks for."""
+def needed(extra: str | None = None) -> dict[str, str]:
+    """Library -> the versions pyproject.toml asks for, always or as one of its extras."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    wanted = [Requirement(text) for text in project["dependencies"]]
+    texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    wanted = [Requirement(text) for text in texts]
     return {one.name: ",".join(sorted(map(str, one.specifier), reverse=True)) for one in wanted}
 
 
@@ -224,6 +225,21 @@ def _right_stages(cfg: Any, known: Facts) -> dict[str, Any]:
     return {"row": row, "stage": max(below or row.zero_stages)}
 
 
+def _stage_reason(cfg: Any) -> str:
+    """Why a stage refuses a method; empty where it does not."""
+    return str(getattr(METHODS[cfg.method.name], f"{cfg.stage}_reason", ""))
+
+
+def _fp32(cfg: Any, known: Facts) -> bool:
+    """Whether a stage trains in fp32, as `engine.dtype` settles it."""
+    chosen = cfg.engine.dtype
+    return chosen == "fp32" or (chosen == "auto" and not known.device.bf16)
+
+
+def _quantized(cfg: Any) -> bool:
+    return getattr(cfg.method, "quantization", None) is not None
+
+
 RULES = (
     Rule(
         name="deepspeed-mixed-dtypes",
@@ -299,6 +315,71 @@ RULES = (
         ),
         way_out="engine=zero2",
         issues=("huggingface/peft#1328", "huggingface/peft#297", "hiyouga/LLaMA-Factory#1226"),
+    ),
+    Rule(
+        name="method-stage",
+        applies=lambda cfg, facts: bool(_stage_reason(cfg)),
+        values=lambda cfg, facts: {"reason": _stage_reason(cfg)},
+        what="method={cfg.method.name} in stage {cfg.stage}",
+        why="{reason}. What SFT trained by it is a fine start for PPO by LoRA.",
+        way_out="method=lora",
+    ),
+    Rule(
+        name="method-checkpointing",
+        applies=lambda cfg, facts: (
+            cfg.engine.checkpointing and not METHODS[cfg.method.name].checkpointing
+        ),
+        what="engine.checkpointing=true with method={cfg.method.name}",
+        why=(
+            "its keys and values enter each layer beside its input, and transformers drops them "
+            "where activations are recomputed."
+        ),
+        way_out="engine.checkpointing=false",
+    ),
+    Rule(
+        name="method-quantization",
+        applies=lambda cfg, facts: _quantized(cfg) and not METHODS[cfg.method.name].quantization,
+        what="method.quantization={cfg.method.quantization} with method={cfg.method.name}",
+        why=(
+            "this method reads or rewrites the weights that 4 bits stand for, and was not found "
+            "right on them (PiSSA fails; DoRA has public reports under ZeRO-2)."
+        ),
+        way_out="method.quantization=null",
+    ),
+    Rule(
+        name="adalora-dtype",
+        on_device=True,
+        applies=lambda cfg, facts: cfg.method.name == "adalora" and not _fp32(cfg, facts),
+        what="method=adalora with engine.dtype={cfg.engine.dtype} on this device",
+        why=(
+            "in 16 bits the optimizer updates fp32 copies of the weights and writes them back, "
+            "which undoes the pruning."
+        ),
+        way_out="engine.dtype=fp32",
+    ),
+    Rule(
+        name="quantization-ppo",
+        applies=lambda cfg, facts: _quantized(cfg) and cfg.stage == "ppo",
+        what="method.quantization={cfg.method.quantization} in PPO",
+        why=(
+            "the SFT weights would be quantised anew, and the policy would begin as another model "
+            "than the reference."
+        ),
+        way_out="method.quantization=null",
+    ),
+    Rule(
+        name="quantization-zero3",
+        applies=lambda cfg, facts: _quantized(cfg) and cfg.engine.zero_stage == 3,
+        what="method.quantization={cfg.method.quantization} with engine.zero_stage=3",
+        why="weights in 4 bits were not measured split over processes.",
+        way_out="engine=zero2",
+    ),
+    Rule(
+        name="quantization-library",
+        applies=lambda cfg, facts: _quantized(cfg) and "bitsandbytes" not in facts.versions,
+        what="method.quantization={cfg.method.quantization}",
+        why="weights in 4 bits are bitsandbytes' work, which is not installed.",
+        way_out="pip install 'bitsandbytes{facts.needs[bitsandbytes]}'",
     ),
     Rule(
         name="ppo-dropout",

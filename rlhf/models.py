@@ -2,12 +2,15 @@
 
 A published `model/` folder holds whole weights that plain transformers loads: adapters are merged
 (in fp32), and kept beside them in `model/adapter/`. So the SFT run's folder *is* the frozen
-reference, and an adapter trained by PPO is never put on the wrong base.
+reference, and an adapter trained by PPO is never put on the wrong base. What cannot be merged is
+published as `model/base/` and `model/adapter/`, so that nobody loads the base alone by mistake; a
+run that starts from it goes on with its adapter.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -29,11 +32,12 @@ from transformers import (
 )
 
 from rlhf import engine, parts
-from rlhf.config import EngineConfig, LoraConfig, MethodConfig, ModelConfig
+from rlhf.config import EngineConfig, ModelConfig
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.manifest import BaseModel
 from rlhf.masking import at_least_fp32
-from rlhf.methods import lora
+from rlhf.methods import families
+from rlhf.methods.settings import METHOD_SETTINGS, LoraConfig, MethodConfig
 from rlhf.ranks import is_main
 from rlhf.registry import Published
 
@@ -49,15 +53,20 @@ def load_causal(
     dtype: torch.dtype,
     revision: str | None = None,
     attn: str = "auto",
+    method: MethodConfig | None = None,
 ) -> PreTrainedModel:
     """A language model whose special ids are those of `tokenizer`.
+
+    Args:
+        method: what will train it, where that may ask for weights in 4 bits.
 
     Raises:
         ConfigError: no model there, some of its weights are missing (and would be random), or it
             has fewer embeddings than the tokenizer has tokens.
     """
     options: dict[str, Any] = {} if attn == "auto" else {"attn_implementation": attn}
-    model, missing = _load(AutoModelForCausalLM, path, revision=revision, dtype=dtype, **options)
+    options |= _in_4_bits(method, dtype) | {"revision": revision, "dtype": dtype}
+    model, missing = _load(AutoModelForCausalLM, path, **options)
     _refuse_missing(path, missing)
     _settle_ids(model, tokenizer)
     embeddings: Any = model.get_input_embeddings()
@@ -71,12 +80,34 @@ def load_causal(
 
 
 def load_base(
-    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    method: MethodConfig | None = None,
 ) -> PreTrainedModel:
     """The base model of SFT, from the `model` settings."""
     if cfg.dtype != "auto":
         dtype = engine.DTYPES[cfg.dtype]
-    return load_causal(cfg.path, tokenizer, dtype=dtype, revision=cfg.revision, attn=cfg.attn)
+    return load_causal(
+        cfg.path, tokenizer, dtype=dtype, revision=cfg.revision, attn=cfg.attn, method=method
+    )
+
+
+def _in_4_bits(method: MethodConfig | None, dtype: torch.dtype) -> dict[str, Any]:
+    """How transformers is asked for it; the head stays as it is, since an RM trains it."""
+    if not isinstance(method, LoraConfig) or method.quantization is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method.quantization,
+        bnb_4bit_use_double_quant=method.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", parts.HEAD.rstrip(".")],
+    )
+    return {"quantization_config": config, "device_map": {"": engine.device()}}
 
 
 def base_facts(cfg: ModelConfig, model: nn.Module) -> BaseModel:
@@ -92,7 +123,8 @@ def load_parent(
 ) -> PreTrainedModel:
     """What a run published, or one of its checkpoints, by `load_causal` or `load_scalar`.
 
-    A checkpoint of an adapter method is put on the weights it was trained on, and merged in fp32.
+    An adapter that cannot be merged is on its base, frozen; the adapter of a checkpoint is put on
+    the weights it was trained on, and merged in fp32.
 
     Raises:
         ConfigError: no model there, or it does not belong to the tokenizer.
@@ -100,16 +132,20 @@ def load_parent(
     """
     if parent.under is None:
         return load(parent.model_dir, tokenizer, dtype=dtype)
+    adapter, name = parent.model_dir / "adapter", parent.manifest.method.name
+    if families.kept_apart(name):
+        below = load(parent.under, tokenizer, dtype=dtype)
+        if parent.is_checkpoint:
+            _refuse_another_base(parent, below)
+        on = families.load(below, adapter, name, head=load is load_scalar, trained=False)
+        return on  # type: ignore[return-value]
     own = load_scalar if parent.stage == "rm" else load_causal
-    model = own(parent.under, tokenizer, dtype=torch.float32)
-    base = parent.manifest.base
-    if not parent.manifest.parents and fingerprint(model) != base.fingerprint:
-        raise RegistryError(
-            f"{parent.reference}: an adapter on {base.name}, whose weights are other ones now. "
-            f"Put them back, or use {parent.stage}/{parent.run_name}, which holds whole weights."
-        )
-    adapter = str(parent.model_dir / "adapter")
-    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    made_by = read_method(parent)
+    model = own(parent.under, tokenizer, dtype=torch.float32, method=made_by)
+    _refuse_another_base(parent, model)
+    if _in_4_bits(made_by, dtype):
+        model = model.dequantize()
+    merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     if load is own:
         return merged.to(dtype)
     with tempfile.TemporaryDirectory() as folder:  # a scalar head on a language model
@@ -117,8 +153,44 @@ def load_parent(
         return load(folder, tokenizer, dtype=dtype)
 
 
+def quantized(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: MethodConfig,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """A model with a scalar head, in the bits that `method` trains on; most methods change none."""
+    if not _in_4_bits(method, dtype):
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_scalar(folder, tokenizer, dtype=dtype, method=method)
+
+
+def read_method(run: Published) -> MethodConfig:
+    """The settings of the method that made a run; those that its manifest lacks as they are now."""
+    name = run.manifest.method.name
+    kind = METHOD_SETTINGS[name]
+    known = {field.name for field in dataclasses.fields(kind)}
+    given = {key: value for key, value in run.manifest.method.settings.items() if key in known}
+    return kind(**given | {"name": name})
+
+
+def _refuse_another_base(run: Published, model: PreTrainedModel) -> None:
+    base = run.manifest.base
+    if not run.manifest.parents and fingerprint(model) != base.fingerprint:
+        raise RegistryError(
+            f"{run.reference}: an adapter on {base.name}, whose weights are other ones now. "
+            f"Put them back, or use {run.stage}/{run.run_name}, which holds whole weights."
+        )
+
+
 def load_scalar(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    method: MethodConfig | None = None,
 ) -> PreTrainedModel:
     """A model with a scalar head. From a language model the head is new: N(0, 1/(hidden+1)).
 
@@ -127,7 +199,8 @@ def load_scalar(
     Raises:
         ConfigError: no model there, or weights are missing beside the head.
     """
-    model, missing = _load(AutoModelForSequenceClassification, path, num_labels=1, dtype=dtype)
+    options = _in_4_bits(method, dtype) | {"num_labels": 1, "dtype": dtype}
+    model, missing = _load(AutoModelForSequenceClassification, path, **options)
     head = {name for name in missing if name.startswith(parts.HEAD)}
     _refuse_missing(path, missing - head)
     _settle_ids(model, tokenizer)
@@ -144,6 +217,9 @@ def _load(auto: Any, path: str | Path, **options: Any) -> tuple[PreTrainedModel,
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path={path}: no model could be loaded: {first}") from error
+    for module in model.modules():  # of bitsandbytes: it packs weights in the first evaluation on
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # such a CPU, and then trains no more
+            module.support_avx512bf16_for_cpu = False
     return model, set(report["missing_keys"])
 
 
@@ -169,12 +245,31 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def trainable(model: PreTrainedModel, method: MethodConfig, *, head: bool = False) -> nn.Module:
-    """`model` made ready to train by `method`; its outputs are unchanged at first."""
+def trainable(
+    model: nn.Module,
+    method: MethodConfig,
+    *,
+    head: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    steps: int | None = None,
+) -> nn.Module:
+    """`model` made ready to train by `method`.
+
+    Its outputs are unchanged at first, unless the method's row in the table says otherwise. A model
+    that comes with an adapter, as a run published it that cannot be merged, goes on with that one.
+
+    Args:
+        head: it ends in a scalar head, which is trained in full.
+        tokenizer, steps: what some methods need; see `families.attach`.
+
+    Raises:
+        ConfigError: the method cannot be used on this model.
+    """
     no_dropout(model)
-    if isinstance(method, LoraConfig):
-        return lora.attach(model, method, head=head)
-    return model.requires_grad_(True)
+    if isinstance(model, peft.PeftModel):
+        return families.go_on(model, ADAPTER)
+    assert isinstance(model, PreTrainedModel)
+    return families.attach(model, method, head=head, tokenizer=tokenizer, steps=steps)
 
 
 def no_dropout(model: nn.Module) -> None:
@@ -366,24 +461,58 @@ def publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) 
 
 def _publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     adapted: set[str] = set()
-    merged: Any = model
     if isinstance(model, peft.PeftModel):
         _save_trained(model, folder)
         parts.refuse_empty(folder)
+        if not families.mergeable(model, ADAPTER):
+            _save_base(model, tokenizer, folder / parts.BASE)
+            tokenizer.save_pretrained(str(folder))
+            parts.refuse_empty(folder)
+            parts.record(folder)
+            return
         adapted = _adapted(model)
-        copied: Any = copy.deepcopy(model).to("cpu", torch.float32)
-        merged = copied.merge_and_unload(adapter_names=[ADAPTER]).to(dtype=model.dtype)
-    merged.config.use_cache = True
-    if merged.can_generate():
-        merged.generation_config = GenerationConfig(
+        model = _merged(model, folder)
+    _save_whole(model, tokenizer, folder)
+    tokenizer.save_pretrained(str(folder))
+    parts.refuse_empty(folder)
+    parts.record(folder, adapted)
+
+
+def _merged(model: peft.PeftModel, folder: Path) -> Any:
+    """Whole weights, in memory; those in 4 bits as what these bits stand for."""
+    copied: Any = copy.deepcopy(model).to("cpu")
+    if getattr(model.get_base_model(), "is_quantized", False):
+        plain = copied.unload().dequantize().float()
+        copied = peft.PeftModel.from_pretrained(plain, str(folder / "adapter"))
+        return copied.merge_and_unload().to(dtype=model.dtype)
+    return copied.float().merge_and_unload(adapter_names=[ADAPTER]).to(dtype=model.dtype)
+
+
+def _save_whole(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, **weights: Any
+) -> None:
+    model.config.use_cache = True
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    merged.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    parts.refuse_empty(folder)
-    parts.record(folder, adapted)
+    model.save_pretrained(str(folder), **weights)
+
+
+def _save_base(model: peft.PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The weights under an adapter, by the names that plain transformers knows."""
+    inner: Any = model.get_base_model()
+    with torch.device("meta"):
+        expected = type(inner)(inner.config).state_dict().keys()
+    base = {}
+    for name, tensor in inner.state_dict().items():
+        plain = name.replace(".base_layer", "").replace(".original_module", "")
+        if plain in expected:
+            base[plain] = tensor
+    assert base.keys() == expected, expected - base.keys()
+    _save_whole(inner, tokenizer, folder, state_dict=base)
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
@@ -399,23 +528,21 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 def _save_trained(model: nn.Module, folder: Path) -> None:
     if isinstance(model, peft.PeftModel):
-        model.save_pretrained(str(folder / "adapter"), selected_adapters=[ADAPTER])
-        (folder / "adapter" / "README.md").unlink(missing_ok=True)
+        families.save(model, folder / "adapter", ADAPTER)
     else:
         model.save_pretrained(str(folder))  # type: ignore[operator]
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Put back, in place, what `save_trained` wrote of this model; every process calls it."""
-    adapter, model = folder / "adapter", whole(model)
-    weights: dict[str, Tensor] = {}
-    for path in sorted((adapter if adapter.is_dir() else folder).glob("*.safetensors")):
-        weights |= load_file(path)
+    model = whole(model)
     with engine.gathered(model, write=True):
         if isinstance(model, peft.PeftModel):
-            report: Any = peft.set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
-            assert not report.unexpected_keys, report.unexpected_keys
+            families.restore(model, folder / "adapter", ADAPTER)
             return
+        weights: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(path)
         missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     assert not unexpected, unexpected

@@ -16,6 +16,7 @@ from rlhf.errors import RegistryError
 from rlhf.manifest import write_last
 
 FILE = "tensors.json"
+BASE = "base"  # folder of the weights under an adapter that cannot be merged
 HEAD = "score."  # how transformers names the scalar head
 GOLDEN = "golden.safetensors"  # tensors beside the weights that are none
 
@@ -65,7 +66,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, str]]:
     Raises:
         ValueError: a file is not whole safetensors; the message names it.
     """
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *(folder / BASE).glob("*.safetensors")]):
         if path.name != GOLDEN:
             yield from _tensors(path)
     for path in sorted((folder / "adapter").glob("*.safetensors")):
@@ -102,7 +103,9 @@ def refuse_empty(folder: Path) -> None:
     Raises:
         RegistryError: weights that ZeRO-3 had split were saved without being gathered.
     """
-    paths = [*folder.glob("*.safetensors"), *(folder / "adapter").glob("*.safetensors")]
+    paths = [
+        path for part in (".", BASE, "adapter") for path in folder.glob(f"{part}/*.safetensors")
+    ]
     empty = []
     for path in sorted(paths):
         with open(path, "rb") as file:

@@ -24,6 +24,8 @@ from rlhf.data import Row
 from rlhf.engine import Engine
 from rlhf.errors import StoppedByGuard
 from rlhf.masking import masked_mean, masked_whiten
+from rlhf.methods import lora
+from rlhf.methods.settings import MethodConfig
 from rlhf.ranks import rank, rows_per_pass, world_size
 from rlhf.rewards import Rewards, Verdict, last_turn
 from rlhf.roles import Roles
@@ -99,10 +101,12 @@ def engines(
     critic: nn.Module | None,
     cfg: PPOConfig,
     engine_cfg: EngineConfig,
+    method: MethodConfig | None = None,
 ) -> tuple[Engine, Engine | None]:
     """Both models ready for `update`, each with its own optimizer and schedule.
 
-    An algorithm without a critic has None for it, here and below.
+    An algorithm without a critic has None for it, here and below. `method` made them trainable,
+    and may give some weights a learning rate of their own.
     """
     rows, micro = _sizes(cfg)
 
@@ -119,6 +123,9 @@ def engines(
             accumulation=rows // micro,
             max_grad_norm=cfg.max_grad_norm,
             epsilon=cfg.adam_epsilon,
+            groups=None
+            if method is None
+            else lora.groups(module, method, learning_rate, inside=models.whole(module)),
         )
 
     if critic is None:

@@ -116,7 +116,7 @@ class Published:
         path: folder of the run.
         model_dir: what to load: whole weights, or an adapter where `under` is set.
         under: the folder or name of the weights that `model_dir/adapter` goes on; None where
-            model_dir holds whole weights. Only a checkpoint has it.
+            model_dir holds whole weights. A checkpoint has it, and what cannot be merged.
         digest: sha256 of the run's manifest.json (of the checkpoint's, where one is meant).
     """
 
@@ -190,6 +190,9 @@ class Registry:
             model_dir=path / "model",
             manifest=manifest,
             digest=digest,
+            under=str(path / "model" / parts.BASE)
+            if (path / "model" / parts.BASE).is_dir()
+            else None,
         )
         if wanted.checkpoint in (None, manifest.model_is):
             return run
@@ -214,6 +217,8 @@ class Registry:
         if "policy" not in parents:
             return manifest.base.name
         below = self.resolve(parents["policy"])
+        if below.under is not None and not below.is_checkpoint:
+            return below.under  # whose adapter this one goes on with
         if below.under is not None:
             raise RegistryError(
                 f"{manifest.reference}: its checkpoints are adapters on {below.reference}, which "

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import contract, engine
-from rlhf.config import EngineConfig, MethodConfig, PPOStage
+from rlhf.config import EngineConfig, PPOStage
+from rlhf.methods import lora
+from rlhf.methods.settings import MethodConfig
 from rlhf.models import (
     ADAPTER,
     Backbone,
@@ -92,11 +94,11 @@ def load_roles(
     policy = trainable(load_parent(load_causal, sft, tokenizer, dtype), method)
     if share and rm is not None:
         adapter = _Adapter(rm.model_dir / "adapter")
-        return _on_one_backbone(policy.to(device), adapter, needs_critic=needs_critic)
+        return _on_one_backbone(policy.to(device), adapter, method, needs_critic=needs_critic)
     critic: nn.Module | None = None
     if needs_critic and rm is not None and contract.is_adapter_on(sft, rm):
         start = load_parent(load_scalar, sft, tokenizer, dtype)
-        critic = _Adapter(rm.model_dir / "adapter").on(start)
+        critic = lora.settle(_Adapter(rm.model_dir / "adapter").on(start), method)
     elif needs_critic:
         start = load_parent(load_scalar, rm or sft, tokenizer, dtype)
         critic = trainable(start, method, head=True)
@@ -137,10 +139,10 @@ class _Adapter:
         self.weights = load_file(folder / "adapter_model.safetensors")
         self.head: Tensor = next(w for name, w in self.weights.items() if HEAD in name)  # [1, H]
 
-    def on(self, model: PreTrainedModel) -> nn.Module:
+    def on(self, model: PreTrainedModel) -> peft.PeftModel:
         """`model` with this adapter and head, both trained."""
         no_dropout(model)
-        out: nn.Module = peft.PeftModel.from_pretrained(model, self.folder, is_trainable=True)
+        out = peft.PeftModel.from_pretrained(model, self.folder, is_trainable=True)
         no_dropout(out)
         return out
 
@@ -162,12 +164,15 @@ class _Adapter:
         return head
 
 
-def _on_one_backbone(policy: nn.Module, adapter: _Adapter, *, needs_critic: bool) -> Roles:
+def _on_one_backbone(
+    policy: nn.Module, adapter: _Adapter, method: MethodConfig, *, needs_critic: bool
+) -> Roles:
     assert isinstance(policy, peft.PeftModel)
     for name in ["critic"] * needs_critic + ["reward_model"]:
         adapter.add_to(policy, name)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(any(f".{own}." in name for own in (ADAPTER, "critic")))
+    lora.settle(policy, method)
     like = next(policy.parameters())
     backbone, head = Backbone(policy), adapter.new_head(like).requires_grad_(False)
     return Roles(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from rlhf import engine, models, ranks
 from rlhf.config import EngineConfig, TrainConfig
 from rlhf.keeper import Keeper
+from rlhf.methods import courses, lora_drop
+from rlhf.methods.settings import LoraDropConfig, MethodConfig
 from rlhf.tracking import Tracker
 
 Rows = list[dict[str, list[int]]]
@@ -109,6 +113,8 @@ def _train(
     best_by: str,
     keeper: Keeper,
     tracker: Tracker | None = None,
+    method: MethodConfig | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Train `model` in place; it ends with the weights of the best evaluation.
 
@@ -118,11 +124,14 @@ def _train(
         best_by: the held-out number that decides: "eval/loss" (lowest) or "eval/accuracy".
         keeper: writes checkpoints, and knows where an interrupted run goes on.
         tracker: gets every number; None on all processes but the main one.
+        method: what made `model` ready, where that does more than to choose what is trained.
+        note: gets a line for the user.
 
     Returns:
         The held-out numbers before ("start/eval/loss", ...) and after training ("eval/loss", ...).
 
     Raises:
+        ConfigError: the method cannot be trained so.
         KeyboardInterrupt, Terminated: asked to stop, after a checkpoint.
         StoppedByGuard: gradients overflow in fp16 whatever the scale of the loss.
     """
@@ -131,6 +140,9 @@ def _train(
     accumulation = rows // micro
     steps = optimizer_steps(cfg, len(train_rows))
     schedule = "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
+    course = courses.of(method, model, cfg, steps)
+    if isinstance(method, LoraDropConfig):
+        _share(model, tokenizer, train_rows, method, cfg, engine_cfg, seed, micro, keeper)
     start = None if keeper.folder is None else trainer_folder(keeper.folder)
     converted = start is not None and engine.is_universal(start)
     with tempfile.TemporaryDirectory() as scratch:  # TRL wants a folder; it writes nothing
@@ -163,12 +175,14 @@ def _train(
             eval_steps=cfg.eval_every,
             eval_on_start=keeper.step == 0,
             save_strategy="no",
+            neftune_noise_alpha=cfg.neftune_alpha,
             logging_steps=max(1, cfg.eval_every // 4),
             disable_tqdm=True,
             report_to=[],
             seed=seed,
             **specific,
         )
+        dtypes = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
         trainer = trainer_class(
             model=model,
             args=args,
@@ -176,26 +190,100 @@ def _train(
             train_dataset=Dataset.from_list(train_rows),
             eval_dataset=Dataset.from_list(eval_rows),
         )
-        trainer.keeper, trainer.engine_cfg = keeper, engine_cfg
+        for parameter, dtype in dtypes:  # TRL makes bf16 of what is trained on a base in 4 bits
+            parameter.data = parameter.data.to(dtype)
+        trainer.keeper, trainer.engine_cfg, trainer.course = keeper, engine_cfg, course
         trainer.rows_per_epoch = len(train_rows) // cfg.batch_size * cfg.batch_size
         trainer.remove_callback(_printer())
-        trainer.add_callback(_Report(keeper, tracker, best_by, trainer))
+        report = _Report(keeper, tracker, best_by, trainer, patience=cfg.patience)
+        trainer.add_callback(report)
         kept = (len(trainer.train_dataset), len(trainer.eval_dataset))
         assert kept == (len(train_rows), len(eval_rows)), f"TRL kept {kept} rows"
         try:
             with keeper.working():
                 if start is None:
                     trainer.train()
-                elif keeper.step < steps:
+                elif keeper.step < steps and not report.patience_is_spent:
                     trainer.train(resume_from_checkpoint=str(start))
                 else:  # interrupted after the last step
                     models.load_trained(model, start.parent / "model")
         finally:
+            course.end()
+            trainer.without_noise()
             engine.forget_trainer()
+    if report.patience_is_spent and keeper.step < steps:
+        note(
+            f"stopped at step {keeper.step} of {steps}: {cfg.patience} evaluations in a row found "
+            "nothing better (train.patience)"
+        )
     if best := keeper.best_folder():
         models.load_trained(model, best / "model")
     first = {f"start/{name}": value for name, value in keeper.state["first"].items()}
     return first | keeper.state["best"]
+
+
+def _share(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    method: LoraDropConfig,
+    cfg: TrainConfig,
+    engine_cfg: EngineConfig,
+    seed: int,
+    micro: int,
+    keeper: Keeper,
+) -> None:
+    """Measure which layers may share one LoRA, unless this run did so before, and let them."""
+    assert isinstance(model, peft.PeftModel)
+    plan: lora_drop.Plan | None = keeper.state.get("lora_drop")
+    if plan is None:
+        model.to(engine.device())
+        models.recompute(model, engine_cfg)
+        own = lora_drop.choose(
+            model,
+            method,
+            rows,
+            _plain_loss(model, tokenizer),
+            batch_size=cfg.batch_size,
+            micro_batch_size=micro,
+            learning_rate=cfg.learning_rate,
+            max_grad_norm=cfg.max_grad_norm,
+            seed=seed,
+        )
+        plan = engine.from_main(lambda: own)  # one for all, whatever rounding did elsewhere
+    keeper.state["lora_drop"] = plan
+    lora_drop.apply(model, plan)
+
+
+def _plain_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> lora_drop.Loss:
+    """The loss of SFT or, for pairs, of the reward model, without a trainer."""
+
+    def padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(sequence) for sequence in sequences],
+            batch_first=True,
+            padding_value=int(tokenizer.pad_token_id or 0),
+        ).to(engine.device())
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # [B, T]
+        return ids, mask
+
+    def sft(rows: Rows) -> tuple[Tensor, int, Tensor]:
+        ids, mask = padded([row["input_ids"] for row in rows])
+        counts = nn.utils.rnn.pad_sequence(
+            [torch.tensor(row["completion_mask"]) for row in rows], batch_first=True
+        ).to(ids.device)
+        width = ids.shape[1] - 1
+        logits = models.response_logits(model, ids, mask, width).float()  # [B, T - 1, V]
+        losses = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+        return (losses * counts[:, 1:]).sum(), int(counts[:, 1:].sum()), mask
+
+    def pairs(rows: Rows) -> tuple[Tensor, int, Tensor]:
+        ids, mask = padded([row[name] for name in ("chosen_ids", "rejected_ids") for row in rows])
+        chosen, rejected = models.scores(model, ids, mask).chunk(2)
+        return -nn.functional.logsigmoid(chosen - rejected).sum(), len(rows), mask
+
+    return lambda rows: pairs(rows) if "chosen_ids" in rows[0] else sft(rows)
 
 
 def trainer_folder(checkpoint: Path) -> Path:
@@ -207,10 +295,12 @@ def trainer_folder(checkpoint: Path) -> Path:
 class _Keeping:
     """A Trainer whose checkpoints are ours: complete or not there, and the sums between two log
     lines in them, so that a resumed run logs what an unbroken one does. Its epochs are whole
-    batches; its optimizer is ours where the states are offloaded."""
+    batches; its optimizer is ours where the states are offloaded, or where the method's course has
+    groups of its own, and so is its schedule."""
 
     keeper: Keeper
     engine_cfg: EngineConfig
+    course: courses.Course
     rows_per_epoch: int
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
@@ -219,17 +309,43 @@ class _Keeping:
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         this: Any = self
+        ours: torch.optim.Optimizer | None = this.optimizer
+        if ours is not None:  # the Trainer asks twice
+            return ours
         made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        if self.engine_cfg.offload:
+        groups = self.course.groups(made.defaults["lr"])
+        if self.engine_cfg.offload or groups is not None:
             kept = ("params", "weight_decay")
-            this.optimizer = engine.adamw(
-                [{name: group[name] for name in kept} for group in made.param_groups],
+            made = this.optimizer = engine.adamw(
+                groups or [{name: group[name] for name in kept} for group in made.param_groups],
                 self.engine_cfg,
                 learning_rate=made.defaults["lr"],
                 eps=made.defaults["eps"],
                 betas=made.defaults["betas"],
             )
-        return this.optimizer
+        return made
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        this: Any = self
+        if this.lr_scheduler is None and (factor := self.course.factor()) is not None:
+            made = torch.optim.lr_scheduler.LambdaLR(optimizer or this.optimizer, factor)
+            this.lr_scheduler = made
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        """TRL's and, while the model is trained, what the method adds to the loss of a batch."""
+        this: Any = self
+        out = super().compute_loss(model, inputs, *args, **options)  # type: ignore[misc]
+        if not this.model.training or (penalty := self.course.penalty()) is None:
+            return out
+        if options.get("num_items_in_batch") is not None:  # micro-batches are parts of a sum
+            penalty = penalty / this.current_gradient_accumulation_steps
+        return out + penalty
+
+    def without_noise(self) -> None:
+        """Take NEFTune's hook off the model; the Trainer does so only where training ends well."""
+        if (hook := getattr(self, "neftune_hook_handle", None)) is not None:
+            hook.remove()
 
     def train(self, *args: Any, **options: Any) -> Any:
         with engine.ending_loss_scaling():
@@ -250,6 +366,7 @@ class _Keeping:
         }
         (trainer_folder(folder) / f"sums_{ranks.rank()}.json").write_text(json.dumps(sums))
         models.save_trained(this.model, folder / "model")
+        self.course.save(folder)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out means over pairs (RM) or answer tokens (SFT), however they are split.
@@ -342,17 +459,34 @@ def _printer() -> type[TrainerCallback]:
 class _Report(TrainerCallback):
     """A trainer's numbers to the tracker under our names; steps and evaluations to the keeper."""
 
-    def __init__(self, keeper: Keeper, tracker: Tracker | None, best_by: str, trainer: Any) -> None:
+    def __init__(
+        self,
+        keeper: Keeper,
+        tracker: Tracker | None,
+        best_by: str,
+        trainer: Any,
+        *,
+        patience: int | None,
+    ) -> None:
         self.keeper, self.tracker, self.trainer = keeper, tracker, trainer
         self.best_by, self.sign = best_by, -1.0 if best_by == "eval/loss" else 1.0
+        self.patience = patience
+
+    @property
+    def patience_is_spent(self) -> bool:
+        """Whether so many evaluations in a row were no better than one before."""
+        return self.patience is not None and self.keeper.state.get("worse", 0) >= self.patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine.note_grad_norm(self.trainer.deepspeed)
         if self.keeper.folder is not None:
             engine.separate_steps(self.trainer.deepspeed)
             self.trainer.restore_sums(self.keeper.folder)
+        optimizer = engine.torch_optimizer(self.trainer.deepspeed)
+        self.trainer.course.begin(optimizer, self.keeper.step, self.keeper.folder)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.course.end_step(state.global_step)
         if self.keeper.end_step(state.global_step):
             control.should_save = True
         if state.global_step == state.max_steps:
@@ -375,6 +509,12 @@ class _Report(TrainerCallback):
     def _held_out(self, numbers: dict[str, float], step: int, control: Any) -> None:
         found = self.keeper.state
         found.setdefault("first", numbers)
-        if step > 0 and self.keeper.consider(self.sign * numbers[self.best_by]):
-            found["best"] = numbers
+        if step == 0:
+            return
+        if self.keeper.consider(self.sign * numbers[self.best_by]):
+            found["best"], found["worse"] = numbers, 0
             control.should_save = True
+            return
+        found["worse"] = found.get("worse", 0) + 1
+        if self.patience_is_spent:
+            control.should_save = control.should_training_stop = True

@@ -37,14 +37,16 @@ def main(cfg: config.PPOStage) -> None:
             session.note(proofs.same_text(renderer, readers, train))
             longest = max(len(ids) for split in prompts.values() for ids in split)
             lower = "sampling.max_new_tokens or data.max_prompt_tokens"
-            contract.check_positions(sft, longest + cfg.sampling.max_new_tokens, lower)
+            contract.check_positions(sft, longest + cfg.room, lower)
             stream = data.PromptStream(prompts["train"], cfg.seed)
             demonstrations = ptx.load(shown, renderer, cfg)
             roles, reward_models = load_all(sft, rms, renderer.tokenizer, cfg)
             reward = rewards.Rewards(cfg.reward, functions, reward_models)
             held_out = evaluate.HeldOut(splits["validation"].rows, renderer, cfg, gold, reward)
             each = cfg.sampling.per_prompt or 1
-            policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
+            policy, critic = ppo.engines(
+                roles.policy, roles.critic, cfg.ppo, cfg.engine, cfg.method
+            )
         session.opening(splits | shown, *models.count_parameters(roles.policy))
         session.note(golden.check_roles(roles, reward_models, sft, rms))
 

@@ -12,6 +12,7 @@ from rlhf.session import open_session
 @stage("rm")
 def main(cfg: config.RMStage) -> None:
     sft = contract.parent(Registry(cfg.runs_dir), "policy_from", cfg.policy_from)
+    contract.check_method(sft, cfg.method)
     splits = data.load("rm", cfg.data)
     contract.check_rows(cfg.train, splits["train"])
     with open_session(cfg, splits, {"policy": sft}) as session:
@@ -30,14 +31,17 @@ def main(cfg: config.RMStage) -> None:
             longest = max(
                 len(ids) for rows in pairs.values() for row in rows for ids in row.values()
             )
-            contract.check_positions(sft, longest, data.LENGTHS)
+            contract.check_positions(sft, longest + cfg.method.positions, data.LENGTHS)
             dtype = engine.dtype(cfg.engine)
             backbone = models.load_parent(models.load_scalar, sft, tokenizer, dtype)
             session.note(golden.check_start(backbone, sft))
-            reward_model = models.trainable(backbone, cfg.method, head=True)
+            backbone = models.quantized(backbone, tokenizer, cfg.method, dtype)
+            steps = supervised.optimizer_steps(cfg.train, len(pairs["train"]))
+            reward_model = models.trainable(
+                backbone, cfg.method, head=True, tokenizer=tokenizer, steps=steps
+            )
         session.opening(splits, *models.count_parameters(reward_model))
 
-        steps = supervised.optimizer_steps(cfg.train, len(pairs["train"]))
         keeper = session.keeper(steps, cfg.train.save_every)
         with session.tracker(keeper) as tracker:
             with session.phase("train"):
@@ -48,10 +52,12 @@ def main(cfg: config.RMStage) -> None:
                     pairs["validation"],
                     center_coef=cfg.center_coef,
                     cfg=cfg.train,
+                    method=cfg.method,
                     engine_cfg=cfg.engine,
                     seed=cfg.seed,
                     keeper=keeper,
                     tracker=tracker,
+                    note=session.note,
                 )
             with session.phase("evaluate"):
                 held_out = "test" if "test" in pairs else "validation"
@@ -61,7 +67,7 @@ def main(cfg: config.RMStage) -> None:
                     renderer.pad_id,
                     batch_size=cfg.train.micro_batch_size,
                 )
-            session.log_final(tracker, metrics, step=steps)
+            session.log_final(tracker, metrics, step=keeper.step)
 
         with session.phase("publish"):
             session.publish_model(models.publish, reward_model, tokenizer)

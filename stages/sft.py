@@ -29,15 +29,18 @@ def main(cfg: config.SFTStage) -> None:
             renderer = text.Renderer(tokenizer)
             train_rows = renderer.sft(splits["train"], cfg.data)
             eval_rows = renderer.sft(splits["validation"], cfg.data)
-            base = models.load_base(cfg.model, tokenizer, dtype=engine.dtype(cfg.engine))
+            dtype = engine.dtype(cfg.engine)
+            base = models.load_base(cfg.model, tokenizer, dtype=dtype, method=cfg.method)
             longest = max(len(row["input_ids"]) for row in (*train_rows, *eval_rows))
             positions = getattr(base.config, "max_position_embeddings", None)
-            contract.refuse_beyond(positions, longest, cfg.model.path, data.LENGTHS)
+            contract.refuse_beyond(
+                positions, longest + cfg.method.positions, cfg.model.path, data.LENGTHS
+            )
             base_facts = models.base_facts(cfg.model, base)
-            policy = models.trainable(base, cfg.method)
+            steps = supervised.optimizer_steps(cfg.train, len(train_rows))
+            policy = models.trainable(base, cfg.method, tokenizer=tokenizer, steps=steps)
         session.opening(splits, *models.count_parameters(policy))
 
-        steps = supervised.optimizer_steps(cfg.train, len(train_rows))
         keeper = session.keeper(steps, cfg.train.save_every)
         with session.tracker(keeper) as tracker:
             with session.phase("train"):
@@ -47,23 +50,23 @@ def main(cfg: config.SFTStage) -> None:
                     train_rows,
                     eval_rows,
                     cfg=cfg.train,
+                    method=cfg.method,
                     engine_cfg=cfg.engine,
                     seed=cfg.seed,
                     keeper=keeper,
                     tracker=tracker,
+                    note=session.note,
                 )
             with session.phase("evaluate"):
                 metrics |= evaluate.ceiling(
                     policy, renderer, splits["validation"].rows, cfg=cfg, gold=gold
                 )
-            session.log_final(tracker, metrics, step=steps)
+            session.log_final(tracker, metrics, step=keeper.step)
 
         with session.phase("publish"):
             session.publish_model(models.publish, policy, tokenizer)
             probes = [renderer.prompt(row["prompt"]) for row in splits["validation"].rows]
-            facts = golden.write_logits(
-                policy, probes, renderer.pad_id, session.model_dir, engine.dtype(cfg.engine)
-            )
+            facts = golden.write_logits(policy, probes, renderer.pad_id, session.model_dir, dtype)
         session.publish(
             base=base_facts,
             tokenizer=engine.from_main(text.published_facts, session.model_dir),

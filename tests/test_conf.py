@@ -16,6 +16,7 @@ import yaml
 from rlhf import config, guards, launch
 from rlhf.config import CONF, SCHEMAS, flat
 from rlhf.errors import ConfigError
+from rlhf.methods.settings import METHOD_SETTINGS
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -33,6 +34,7 @@ PRESETS = {"tiny_sft": "sft", "tiny_rm": "rm", "tiny_ppo": "ppo"}
 # Where a group of conf/ means to differ from the dataclass: (file, setting) -> value. Presets
 # (experiment/) are there to differ.
 DELIBERATE: dict[tuple[str, str], Any] = {
+    ("method/qlora", "quantization"): "nf4",
     ("engine/zero0", "zero_stage"): 0,
     ("engine/zero1", "zero_stage"): 1,
     ("engine/zero3", "zero_stage"): 3,
@@ -142,8 +144,8 @@ def defaults(file: Path) -> dict[str, Any]:
         loop = {"ppo": config.PPOConfig()} if stage == "ppo" else {"train": config.TrainConfig()}
         schema = {key: dataclasses.asdict(value) for key, value in loop.items()}
         return flat(schema | {"sampling": dataclasses.asdict(config.SamplingConfig())})
-    kinds = config.GROUPS | ({"method": config.FullConfig} if file.stem == "full" else {})
-    kind = kinds[file.parent.name]
+    method = file.parent.name == "method"
+    kind = METHOD_SETTINGS[file.stem] if method else config.GROUPS[file.parent.name]
     return {f.name: f.default for f in dataclasses.fields(kind)}
 
 
@@ -274,7 +276,7 @@ UNFIT = [
     ("ppo=3", r"ppo: Invalid type assigned: int"),
     ("data.path=null", r"data\.path: .* not Optional"),
     ("engine=zero9", r"engine=zero9: no such choice\. Choose one of: zero0, .*zero3_offload"),
-    ("method=lroa", r"method=lroa: no such choice\. Choose one of: full, lora"),
+    ("method=lroa", r"method=lroa: no such choice\. Choose one of: adalora, .*full"),
     ("experiment=tiny", r"experiment=tiny: no such choice\. .* none, tiny_ppo, tiny_rm, tiny_sft"),
     ("experiment=tiny_sft", r"experiment/tiny_sft"),
     ("ppo.kl_coef=[1", r"given: ppo\.kl_coef=\[1"),

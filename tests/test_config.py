@@ -15,8 +15,6 @@ from rlhf.config import (
     DataConfig,
     EngineConfig,
     EvaluationConfig,
-    FullConfig,
-    LoraConfig,
     ModelConfig,
     PPOConfig,
     PPOStage,
@@ -28,6 +26,7 @@ from rlhf.config import (
     TrainConfig,
 )
 from rlhf.errors import ConfigError
+from rlhf.methods.settings import FullConfig, LoraConfig
 
 NOT_FINITE = (math.nan, math.inf)
 
@@ -71,6 +70,8 @@ REFUSED = [
     (TrainConfig, "train", "schedule", "cosin", "Choose one of: constant, linear, cosine"),
     (TrainConfig, "train", "warmup", 100, "It is a share of all steps"),
     (TrainConfig, "train", "max_grad_norm", 0.0, "1.0 is usual"),
+    (TrainConfig, "train", "patience", 0, "It counts evaluations; null: to the end"),
+    (TrainConfig, "train", "neftune_alpha", 0.0, "Use null to switch it off"),
     (SamplingConfig, "sampling", "temperature", 0.0, "must be above 0. PPO samples"),
     (SamplingConfig, "sampling", "max_new_tokens", 0, "Nothing would be sampled"),
     (SamplingConfig, "sampling", "batch_size", 0, "It counts sequences"),

@@ -11,10 +11,24 @@ import pytest
 from test_registry import CONFIG, flip, no_waiting_for_the_disk, published, registry
 
 from rlhf.config import DataConfig, PPOStage, SamplingConfig, TrainConfig
-from rlhf.contract import check_pair, check_positions, check_rows, parent
+from rlhf.contract import (
+    check_method,
+    check_pair,
+    check_positions,
+    check_rows,
+    parent,
+    ppo_parents,
+)
 from rlhf.data import Split
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.manifest import BaseModel, TokenizerFacts
+from rlhf.methods.settings import (
+    BottleneckConfig,
+    LoraConfig,
+    MethodConfig,
+    PrefixConfig,
+    PromptConfig,
+)
 from rlhf.registry import Published, Registry
 
 __all__ = ["no_waiting_for_the_disk", "registry"]
@@ -27,6 +41,51 @@ def test_fewer_rows_than_a_step_takes_are_refused():
     split.rows = rows[:3]
     with pytest.raises(ConfigError, match=r"train\.batch_size=4 with 3 rows .* lower one\.$"):
         check_rows(cfg, split)
+
+
+HOULSBY = {"name": "houlsby", "adapter_chain": [], "size": 64, "activation": "gelu"}
+PROMPT = {"name": "prompt_tuning", "adapter_chain": [], "tokens": 20}
+
+
+@pytest.mark.parametrize(
+    ("made", "method", "message"),
+    [
+        (HOULSBY, BottleneckConfig(), None),
+        (HOULSBY, LoraConfig(), r"method=lora: sft/tiny was trained by method=houlsby, which"),
+        (HOULSBY, BottleneckConfig("pfeiffer"), r"method=pfeiffer: .* Use method=houlsby, which"),
+        (HOULSBY, BottleneckConfig(size=32), r"method\.size=32: .*size=64\. Set method\.size=64"),
+        (PROMPT, PromptConfig(), None),
+        (PROMPT, PromptConfig(tokens=8), r"method\.tokens=8: .* has tokens=20\."),
+        ({"name": "lora", "adapter_chain": [], "rank": 4}, PrefixConfig(), None),  # merged
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_goes_on_or_is_refused(
+    registry: Registry, made: dict[str, Any], method: MethodConfig, message: str | None
+):
+    sft = published(registry, method=made)
+    if message is None:
+        check_method(sft, method)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_method(sft, method)
+
+
+@pytest.mark.parametrize(("sft_by", "rm_by"), [("lora", "prompt"), ("prompt", "lora")])
+def test_ppo_begins_with_a_prompt_only_where_both_parents_have_one(
+    registry: Registry, sft_by: str, rm_by: str
+):
+    made = {"lora": {"name": "lora", "adapter_chain": []}, "prompt": PROMPT}
+    sft = published(registry, method=made[sft_by])
+    published(registry, "rm/tiny", {"policy": sft}, method=made[rm_by])
+    settings = cfg()
+    settings.method = PromptConfig()
+    settings.policy_from, settings.rm_from = "sft/tiny", "rm/tiny"
+    settings.reward.models["rm"] = ["rm/tiny"]
+    off = "sft" if sft_by == "lora" else "rm"
+    with pytest.raises(
+        ConfigError, match=rf"method=prompt_tuning on {off}/tiny, which was trained by method=lora"
+    ):
+        ppo_parents(registry, settings)
 
 
 def cfg(*, prompt: int = 64, answer: int = 64, allow_foreign_rm: bool = False) -> PPOStage:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf import golden, models
-from rlhf.config import FullConfig, LoraConfig
 from rlhf.errors import RegistryError
+from rlhf.methods.settings import FullConfig, LoraConfig
 from rlhf.roles import Roles
 
 PAD = 0

@@ -18,9 +18,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from rlhf import guards, launch
-from rlhf.config import CONF, PROJECT, EngineConfig, FullConfig, LoraConfig, TrainConfig
+from rlhf.config import CONF, PROJECT, EngineConfig, TrainConfig
 from rlhf.errors import ConfigError
 from rlhf.guards import Device
+from rlhf.methods.settings import FullConfig, LoraConfig
 from rlhf.methods.table import METHODS
 
 METHOD = {"lora": LoraConfig(), "full": FullConfig()}
@@ -83,7 +84,8 @@ class Case:
     says: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    only_stages: tuple[int, ...] | None = None  # ZeRO stages that lora's row has, for once
+    only_stages: tuple[int, ...] | None = None  # ZeRO stages that the method's row has, for once
+    lacking: str = ""  # a library that is not installed
 
 
 ALLOWED = ["engine=zero3", "engine.allow_zero3_adapters=true"]
@@ -120,6 +122,50 @@ CASES = [
         only_stages=(0, 1),
     ),
     Case("zero3-adapter", "ppo", ["engine=zero3"], ["method=lora", "Use engine=zero2."]),
+    Case(
+        "method-stage",
+        "ppo",
+        ["method=relora"],
+        ["method=relora in stage ppo: it follows the schedule", "Use method=lora."],
+    ),
+    Case(
+        "method-checkpointing",
+        "sft",
+        ["method=prefix_tuning", "engine.checkpointing=true"],
+        ["with method=prefix_tuning", "Use engine.checkpointing=false."],
+    ),
+    Case(
+        "method-quantization",
+        "sft",
+        ["method=pissa", "method.quantization=nf4"],
+        ["method.quantization=nf4 with method=pissa", "method.quantization=null"],
+    ),
+    Case(
+        "adalora-dtype",
+        "sft",
+        ["method=adalora", "engine=zero0"],
+        ["method=adalora with engine.dtype=auto", "Use engine.dtype=fp32."],
+        facts={"device": H200},
+    ),
+    Case(
+        "quantization-ppo",
+        "ppo",
+        ["method.quantization=nf4"],
+        ["quantised anew", "Use method.quantization=null."],
+    ),
+    Case(
+        "quantization-zero3",
+        "rm",
+        ["method.quantization=nf4", *ALLOWED],
+        ["method.quantization=nf4 with engine.zero_stage=3", "Use engine=zero2."],
+    ),
+    Case(
+        "quantization-library",
+        "sft",
+        ["method=qlora"],
+        ["bitsandbytes' work, which is not installed", "'bitsandbytes>=0.50'"],
+        lacking="bitsandbytes",
+    ),
     Case("ppo-dropout", "ppo", ["method.dropout=0.1"], ["method.dropout=0.1 in PPO"]),
     Case(
         "train-batch-processes",
@@ -214,14 +260,18 @@ def expect(case: Case) -> None:
     """The rule speaks about its case, says what it should, and is silent after its way out."""
     rule = next(rule for rule in guards.RULES if rule.name == case.rule)
     plain = replace(guards.facts(), lacks=())
-    known = replace(plain, versions=plain.versions | case.versions, **case.facts)
+    versions = dict(plain.versions) | case.versions
+    versions.pop(case.lacking, None)
+    known = replace(plain, versions=versions, **case.facts)
     with pytest.MonkeyPatch.context() as patch:
+        cfg = compose(case.stage, *case.overrides)
         if case.only_stages is not None:
             row = replace(
-                METHODS["lora"], zero_stages=case.only_stages, zero_reason="a reset is undone."
+                METHODS[cfg.method.name],
+                zero_stages=case.only_stages,
+                zero_reason="a reset is undone.",
             )
-            patch.setitem(METHODS, "lora", row)
-        cfg = compose(case.stage, *case.overrides)
+            patch.setitem(METHODS, cfg.method.name, row)
         (message,) = said(cfg, known)
         assert message.startswith(f"[{rule.name}] "), message
         assert all(words in message for words in case.says), message

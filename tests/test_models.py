@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from rlhf import models
-from rlhf.config import EngineConfig, FullConfig, LoraConfig, ModelConfig
+from rlhf.config import EngineConfig, ModelConfig
 from rlhf.errors import ConfigError
+from rlhf.methods.settings import FullConfig, LoraConfig
 from rlhf.roles import load_roles
 from rlhf.text import tokenizer_facts
 

@@ -13,7 +13,8 @@ import torch
 from test_ppo import drawn, make_roles, process_group, stage
 
 from rlhf import ppo
-from rlhf.config import AlgorithmConfig, FullConfig
+from rlhf.config import AlgorithmConfig
+from rlhf.methods.settings import FullConfig
 
 __all__ = ["make_roles", "process_group"]  # fixtures
 

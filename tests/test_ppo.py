@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from rlhf import engine, models, ppo
-from rlhf.config import EngineConfig, FullConfig, LoraConfig, PPOConfig, PPOStage, SamplingConfig
+from rlhf.config import EngineConfig, PPOConfig, PPOStage, SamplingConfig
 from rlhf.errors import StoppedByGuard
+from rlhf.methods.settings import FullConfig, LoraConfig
 from rlhf.returns import gae, token_rewards
 from rlhf.roles import Roles
 from rlhf.rollout import sample, share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,9 @@ from test_ppo import drawn, judge, noisy, process_group, stage
 from torch.testing import assert_close
 
 from rlhf import models, ppo
-from rlhf.config import EngineConfig, FullConfig, LoraConfig
+from rlhf.config import EngineConfig
 from rlhf.errors import ConfigError
+from rlhf.methods.settings import FullConfig, LoraConfig
 from rlhf.roles import load_roles
 
 __all__ = ["process_group"]  # a fixture
@@ -47,7 +49,8 @@ def parents(tmp_path, tiny_model, tiny_tokenizer):
         parent = SimpleNamespace(role="policy", digest=trained_on)
 
         def run(name, folder, parents):
-            manifest = SimpleNamespace(parents=parents)
+            made_by = SimpleNamespace(name=method.name, settings=asdict(method))
+            manifest = SimpleNamespace(parents=parents, method=made_by)
             return SimpleNamespace(
                 reference=name,
                 model_dir=folder,
@@ -220,8 +223,8 @@ def test_one_backbone_holds_one_backbone(load):
 def test_a_reward_model_that_is_no_adapter_on_this_model_stands_apart(parents, tiny_tokenizer):
     for made, method, why in (
         (parents(), FullConfig(), "method=full trains the backbone itself"),
-        (parents(FullConfig()), LORA, "rm/t is not an adapter on sft/t"),
-        (parents(trained_on="another"), LORA, "rm/t is not an adapter on sft/t"),
+        (parents(FullConfig()), LORA, "rm/t is not a LoRA adapter on sft/t"),
+        (parents(trained_on="another"), LORA, "rm/t is not a LoRA adapter on sft/t"),
     ):
         roles = load_roles(*made, tiny_tokenizer, method, EngineConfig())
         assert not isinstance(roles.policy, models.SharedRole)

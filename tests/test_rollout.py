@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from rlhf import models, rollout
-from rlhf.config import LoraConfig, PPOStage, SamplingConfig
+from rlhf.config import PPOStage, SamplingConfig
+from rlhf.methods.settings import LoraConfig
 from rlhf.rollout import KeyedSampler, Rollout, mix, pad_left, sample, uniform
 
 PAD, EOS = 0, 2

@@ -15,7 +15,6 @@ from rlhf import ranks
 from rlhf.config import (
     DataConfig,
     EngineConfig,
-    LoraConfig,
     ModelConfig,
     SFTStage,
     TemplateConfig,
@@ -24,6 +23,7 @@ from rlhf.config import (
 from rlhf.data import Split
 from rlhf.errors import RegistryError
 from rlhf.manifest import BaseModel
+from rlhf.methods.settings import LoraConfig
 from rlhf.registry import Registry
 from rlhf.session import Session, open_session, peak_memory_gb
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf import engine, models, supervised
-from rlhf.config import EngineConfig, FullConfig, LoraConfig, TrainConfig
+from rlhf import engine, interrupts, models, supervised
+from rlhf.config import EngineConfig, TrainConfig
 from rlhf.console import Console
 from rlhf.keeper import Keeper
+from rlhf.methods.settings import FullConfig, LoraConfig
 from rlhf.registry import Registry
 from rlhf.run import open_run
 from rlhf.tracking import METRICS
@@ -59,8 +62,13 @@ def preferences(seed=0, eos=2):
 
 
 class Tracker(list):
+    lines, stop = 0, None  # the step whose numbers end the process
+
     def log(self, metrics, *, step):
         self.append((step, metrics))
+        if step == self.stop:
+            self.stop = None
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def config(**settings):
@@ -69,13 +77,26 @@ def config(**settings):
 
 
 def train(
-    trainer, model, tokenizer, rows, held_out=None, *, engine_cfg=None, zero_stage=2, **settings
+    trainer,
+    model,
+    tokenizer,
+    rows,
+    held_out=None,
+    *,
+    engine_cfg=None,
+    zero_stage=2,
+    place=None,
+    notes=None,
+    stop=None,
+    **settings,
 ):
-    """Trains, and returns the numbers, the keeper and the tracker."""
+    """Trains, and returns the numbers, the keeper and the tracker; goes on where `place` is."""
     more = {"center_coef": settings.pop("center_coef", 0.0)} if trainer is train_rm else {}
     cfg, tracker = config(**settings), Tracker()
     steps = supervised.optimizer_steps(cfg, len(rows))
-    with TemporaryDirectory() as runs, open_run(Registry(runs), "sft", "t", {}, {}) as run:
+    tracker.stop = stop
+    folder = TemporaryDirectory() if place is None else nullcontext(place)
+    with folder as runs, open_run(Registry(runs), "sft", "t", {}, {}) as run:
         keeper = Keeper(
             run,
             run.checkpoints_dir,
@@ -95,6 +116,7 @@ def train(
             seed=0,
             keeper=keeper,
             tracker=tracker,
+            note=(notes if notes is not None else []).append,
             **more,
         )
     return metrics, keeper, tracker
@@ -367,6 +389,145 @@ def test_three_steps_of_rm_lower_the_loss_and_train_the_head(reward_model, tiny_
     found = leads(model, rows)
     expected = sum(math.log1p(math.exp(-lead)) for lead in found) / len(found)
     assert metrics["eval/loss"] == pytest.approx(expected, abs=1e-4)
+
+
+# early stopping, noise ---------------------------------------------------------------------------
+
+HARD = {"learning_rate": 0.03, "max_steps": 12, "eval_every": 1}  # held out, it soon gets worse
+
+
+def held_out_losses(tracker):
+    return {step: numbers["eval/loss"] for step, numbers in tracker if "eval/loss" in numbers}
+
+
+def by_hand(losses, patience):
+    """(the last step, the best one) of a run that gives up after so many without a better one."""
+    best, worse = 1, 0
+    for step in range(2, 13):
+        worse = 0 if losses[step] < losses[best] else worse + 1
+        best = step if worse == 0 else best
+        if worse == patience:
+            return step, best
+    return 12, best
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_training_ends_where_nothing_better_is_found(policy, tiny_tokenizer, patience):
+    """As the numbers of a run without patience say; the best is what is left in the model."""
+    rows, other = demonstrations(), demonstrations(seed=1)
+    _, _, whole = train(train_sft, policy(), tiny_tokenizer, rows, other, **HARD)
+    losses = held_out_losses(whole)
+    last, best = by_hand(losses, patience)
+    assert last < 12, "it should give up"
+    notes, model = [], policy()
+    metrics, keeper, tracker = train(
+        train_sft, model, tiny_tokenizer, rows, other, notes=notes, patience=patience, **HARD
+    )
+    assert held_out_losses(tracker) == {step: losses[step] for step in range(last + 1)}
+    assert (keeper.step, keeper.best["step"]) == (last, best)
+    assert not keeper.stopping
+    assert keeper.stopped is None
+    assert metrics["eval/loss"] == losses[best]
+    found = answer_losses(model, other)
+    mean = sum(map(sum, found)) / sum(map(len, found))
+    assert mean == pytest.approx(losses[best], abs=1e-5)
+    assert notes == [
+        f"stopped at step {last} of 12: {patience} evaluations in a row found nothing better "
+        "(train.patience)"
+    ]
+
+
+def test_without_patience_training_goes_to_the_end(policy, tiny_tokenizer):
+    notes = []
+    rows, other = demonstrations(), demonstrations(seed=1)
+    _, keeper, _ = train(train_sft, policy(), tiny_tokenizer, rows, other, notes=notes, **HARD)
+    assert keeper.step == 12
+    assert notes == []
+
+
+def test_patience_is_counted_from_the_last_better_one(policy, tiny_tokenizer, monkeypatch):
+    """Losses by hand: one that is worse, a better one, and then two that are not."""
+    losses = iter([9.0, 5.0, 6.0, 4.0, 6.0, 5.0, 7.0, 7.0])
+
+    def sums(self, inputs):
+        return {"count": torch.tensor(1.0), "loss": torch.tensor(next(losses))}
+
+    monkeypatch.setattr(supervised._SFTTrainer, "_sums", sums)
+    _, keeper, tracker = train(
+        train_sft, policy(), tiny_tokenizer, demonstrations(), patience=2, **HARD
+    )
+    assert list(held_out_losses(tracker).values()) == [9.0, 5.0, 6.0, 4.0, 6.0, 5.0]
+    assert (keeper.step, keeper.best["step"]) == (5, 3)
+
+
+def test_patience_is_counted_across_a_stop(policy, tiny_tokenizer, tmp_path):
+    """Stopped between two evaluations of no avail, and again when it had given up already."""
+    rows, other = demonstrations(), demonstrations(seed=1)
+    _, _, whole = train(train_sft, policy(), tiny_tokenizer, rows, other, **HARD)
+    last, best = by_hand(held_out_losses(whole), 3)
+    given = HARD | {"patience": 3, "place": tmp_path}
+    with pytest.raises(interrupts.Terminated):
+        train(train_sft, policy(), tiny_tokenizer, rows, other, stop=last - 2, **given)
+    model = policy()
+    _, keeper, tracker = train(train_sft, model, tiny_tokenizer, rows, other, **given)
+    assert min(held_out_losses(tracker)) == last, "it should go on just before it gives up"
+    assert (keeper.step, keeper.best["step"]) == (last, best)
+    again, notes = policy(), []  # ended before it was published
+    metrics, keeper, tracker = train(
+        train_sft, again, tiny_tokenizer, rows, other, notes=notes, **given
+    )
+    assert list(tracker) == []
+    assert keeper.step == last
+    assert len(notes) == 1
+    assert metrics["eval/loss"] == held_out_losses(whole)[best]
+    for name, tensor in weights(model).items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("method", [FullConfig(), LoraConfig(rank=4)], ids=["full", "lora"])
+def test_noise_on_embeddings_in_training_alone(policy, tiny_tokenizer, method):
+    """Uniform in +-alpha / sqrt(length * hidden), Jain et al. 2023; held-out numbers have none."""
+    rows = demonstrations()
+    found = {}
+    for alpha in (None, 5.0, 15.0):
+        model, seen = policy(method), []
+        inner = models._inner(model)
+
+        def look(module, given, inner=inner, seen=seen):
+            seen.append((inner.training, given[0].detach().clone()))
+
+        hook = inner.model.layers[0].register_forward_pre_hook(look)
+        metrics, _, tracker = train(
+            train_sft, model, tiny_tokenizer, rows, rows[:1], neftune_alpha=alpha, eval_every=1
+        )
+        hook.remove()
+        first = next(numbers["train/loss"] for _, numbers in tracker if "train/loss" in numbers)
+        found[alpha] = first, metrics["start/eval/loss"], next(x for on, x in seen if on), seen
+        assert not inner.get_input_embeddings()._forward_hooks
+        ids = torch.tensor([rows[0]["input_ids"]])
+        with torch.no_grad():
+            assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+    for alpha in (5.0, 15.0):
+        assert abs(found[alpha][0] - found[None][0]) > 1e-4
+        assert found[alpha][1] == found[None][1]
+        noise = found[alpha][2] - found[None][2]
+        bound = alpha / math.sqrt(noise.shape[1] * noise.shape[2])
+        assert 0.98 * bound < float(noise.abs().max()) <= bound * (1 + 1e-5)
+        assert float(noise.square().mean()) == pytest.approx(bound**2 / 3, rel=0.05)
+        held_out = [x for on, x in found[alpha][3] if not on]
+        plain = [x for on, x in found[None][3] if not on]
+        assert torch.equal(held_out[0], plain[0])
+
+
+def test_no_noise_is_left_where_training_breaks_off(policy, tiny_tokenizer, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(supervised._SFTTrainer, "training_step", fail)
+    model = policy()
+    with pytest.raises(RuntimeError, match="broken"):
+        train(train_sft, model, tiny_tokenizer, demonstrations(), neftune_alpha=5.0)
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 # settings ----------------------------------------------------------------------------------------
