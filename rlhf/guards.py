@@ -295,7 +295,7 @@ RULES = (
         ),
         values=_right_stages,
         what="engine.zero_stage={cfg.engine.zero_stage} with method={cfg.method.name}",
-        why="this method goes wrong in that stage: {row.zero_reason}",
+        why="this method goes wrong in that stage: {row.zero_reason}.",
         way_out="engine=zero{stage}",
     ),
     Rule(

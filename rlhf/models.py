@@ -133,13 +133,13 @@ def load_parent(
     if parent.under is None:
         return load(parent.model_dir, tokenizer, dtype=dtype)
     adapter, name = parent.model_dir / "adapter", parent.manifest.method.name
+    own = load_scalar if parent.stage == "rm" else load_causal
     if families.kept_apart(name):
-        below = load(parent.under, tokenizer, dtype=dtype)
         if parent.is_checkpoint:
-            _refuse_another_base(parent, below)
+            _refuse_another_base(parent, own(parent.under, tokenizer, dtype=torch.float32))
+        below = load(parent.under, tokenizer, dtype=dtype)
         on = families.load(below, adapter, name, head=load is load_scalar, trained=False)
         return on  # type: ignore[return-value]
-    own = load_scalar if parent.stage == "rm" else load_causal
     made_by = read_method(parent)
     model = own(parent.under, tokenizer, dtype=torch.float32, method=made_by)
     _refuse_another_base(parent, model)

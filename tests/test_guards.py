@@ -269,7 +269,7 @@ def expect(case: Case) -> None:
             row = replace(
                 METHODS[cfg.method.name],
                 zero_stages=case.only_stages,
-                zero_reason="a reset is undone.",
+                zero_reason="a reset is undone",
             )
             patch.setitem(METHODS, cfg.method.name, row)
         (message,) = said(cfg, known)
