@@ -328,7 +328,7 @@ def test_every_rule_has_a_case_above_and_a_name_of_its_own():
 def test_allowing_adapters_in_zero3_allows_only_what_the_table_has(monkeypatch):
     cfg = sft(zero_stage=3, allow_zero3_adapters=True)
     assert guards.check(cfg) == []
-    row = replace(METHODS["lora"], zero_stages=(0, 1, 2), zero_reason="it hangs.")
+    row = replace(METHODS["lora"], zero_stages=(0, 1, 2), zero_reason="it hangs")
     monkeypatch.setitem(METHODS, "lora", row)
     with pytest.raises(ConfigError, match=r"^\[method-zero-stage\].* it hangs\. Use engine=zero2"):
         guards.check(cfg)

@@ -294,14 +294,16 @@ def parents(tmp_path, tiny_model, tiny_tokenizer):
 
     def run(stage, folder, *, parents=(), under=None):
         facts = BaseModel("base", None, fingerprint)
+        made_by = SimpleNamespace(name="lora", settings={})
         return SimpleNamespace(
             reference=f"{stage}/t",
             stage=stage,
             run_name="t",
             model_dir=tmp_path / folder,
             under=under,
+            is_checkpoint=under is not None,
             digest=f"digest of {folder}",
-            manifest=SimpleNamespace(parents=list(parents), base=facts),
+            manifest=SimpleNamespace(parents=list(parents), base=facts, method=made_by),
         )
 
     origin = SimpleNamespace(role="policy", digest="digest of sft")

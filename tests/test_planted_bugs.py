@@ -102,7 +102,7 @@ PLANTED = (
     Planted(
         bug="SFT publishes its base beside the adapter, so that the reference is the base",
         file="rlhf/models.py",
-        old="copied.merge_and_unload(adapter_names=[ADAPTER]).to(dtype=model.dtype)",
+        old="copied.float().merge_and_unload(adapter_names=[ADAPTER]).to(dtype=model.dtype)",
         new="copied.unload().to(dtype=model.dtype)",
         caught_by=(
             "test_golden.py::test_what_was_published_passes[logits-lora]",
