@@ -80,7 +80,15 @@ def start(seed: int) -> None:
 def _quiet_libraries() -> None:
     """Libraries' notes on their own internals do not belong in a user's log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("DeepSpeed", "transformers", "trl", "peft", "accelerate", "datasets"):
+    for name in (
+        "DeepSpeed",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", module=r"(torch|transformers|deepspeed|trl|peft|accelerate)\b"

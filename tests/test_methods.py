@@ -303,6 +303,8 @@ def in_ppo(name, sft, rm, renderer):
 @pytest.mark.parametrize("name", TABLE)
 def test_a_method_through_every_stage(name, rows, renderer, tmp_path):
     row, method = TABLE[name], settings_of(name)
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes")
     said = [name]
     torch.manual_seed(0)
 
