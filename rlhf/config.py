@@ -88,6 +88,12 @@ class TemplateConfig:
 
     name: str = MISSING
     chat_template: str | None = None
+    # special tokens that the template writes; a tokenizer that lacks one gets it
+    tokens: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not all(self.tokens):
+            raise ConfigError(f"template.tokens={self.tokens}: an empty text cannot be a token.")
 
 
 @dataclass

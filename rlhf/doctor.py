@@ -179,11 +179,13 @@ weights; otherwise as a base and an adapter, and a run that starts from it goes 
 *Shares*: in PPO all roles can be adapters on one model. *PPO*: "after itself" where it changes the
 model before anything is learnt, so that SFT and reward model must have been trained by it too.
 *Recomputes*: `engine.checkpointing=true` is possible. *4 bits*: `method.quantization` is possible.
+*New tokens*: a base learns tokens that it never saw, such as those of a chat template; the others
+refuse a template that writes some. Adapters learn them in ZeRO stages 0 to 2.
 `method-zero-stage` refuses the ZeRO stages that are not in a row; for adapters `zero3-adapter`
 refuses stage 3 all the same, unless `engine.allow_zero3_adapters=true`.
 
-| method | what is trained | from | merges | PPO | shares | recomputes | 4 bits | ZeRO stages |
-|---|---|---|---|---|---|---|---|---|
+| method | trains | from | merges | PPO | shares | recomputes | 4 bits | new tokens | ZeRO stages |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 REASONS_HEAD = """
@@ -201,10 +203,11 @@ def as_markdown() -> str:
 
 def _method_row(row: Method) -> str:
     ppo = "no" if row.ppo_reason else "yes" if row.neutral else "after itself"
+    switches = (row.shares, row.checkpointing, row.quantization, row.new_tokens)
     flags = (
         "yes" if row.mergeable or not row.adapter else "no",
         ppo,
-        *("yes" if flag else "no" for flag in (row.shares, row.checkpointing, row.quantization)),
+        *("yes" if flag else "no" for flag in switches),
         ", ".join(map(str, row.zero_stages)),
     )
     return f"| {' | '.join((f'`{row.name}`', row.title, row.paper, *flags))} |\n"

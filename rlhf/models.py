@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from rlhf.errors import ConfigError, RegistryError
 from rlhf.manifest import BaseModel
 from rlhf.masking import at_least_fp32
 from rlhf.methods import families
+from rlhf.methods import tokens as new_tokens
 from rlhf.methods.settings import METHOD_SETTINGS, LoraConfig, MethodConfig
 from rlhf.ranks import is_main
 from rlhf.registry import Published
@@ -54,11 +55,13 @@ def load_causal(
     revision: str | None = None,
     attn: str = "auto",
     method: MethodConfig | None = None,
+    added: Collection[str] = (),
 ) -> PreTrainedModel:
     """A language model whose special ids are those of `tokenizer`.
 
     Args:
         method: what will train it, where that may ask for weights in 4 bits.
+        added: tokens that it may lack embeddings for; `new_tokens.grow` makes them.
 
     Raises:
         ConfigError: no model there, some of its weights are missing (and would be random), or it
@@ -71,7 +74,8 @@ def load_causal(
     _settle_ids(model, tokenizer)
     embeddings: Any = model.get_input_embeddings()
     size = embeddings.weight.shape[0]
-    if len(tokenizer) > size:
+    lacking = tokenizer.convert_ids_to_tokens(list(range(size, len(tokenizer))))
+    if not set(lacking) <= set(added):
         raise ConfigError(
             f"model.path={path}: the tokenizer has {len(tokenizer)} tokens but the model has "
             f"embeddings for {size}. They do not belong together."
@@ -85,12 +89,23 @@ def load_base(
     *,
     dtype: torch.dtype,
     method: MethodConfig | None = None,
+    added: Collection[str] = (),
 ) -> PreTrainedModel:
-    """The base model of SFT, from the `model` settings."""
+    """The base model of SFT, from the `model` settings, as it comes.
+
+    Args:
+        added: tokens that the tokenizer was given, and the base may lack.
+    """
     if cfg.dtype != "auto":
         dtype = engine.DTYPES[cfg.dtype]
     return load_causal(
-        cfg.path, tokenizer, dtype=dtype, revision=cfg.revision, attn=cfg.attn, method=method
+        cfg.path,
+        tokenizer,
+        dtype=dtype,
+        revision=cfg.revision,
+        attn=cfg.attn,
+        method=method,
+        added=added,
     )
 
 
@@ -141,8 +156,12 @@ def load_parent(
         on = families.load(below, adapter, name, head=load is load_scalar, trained=False)
         return on  # type: ignore[return-value]
     made_by = read_method(parent)
-    model = own(parent.under, tokenizer, dtype=torch.float32, method=made_by)
+    new = tokenizer.convert_ids_to_tokens(new_tokens.trained_in(adapter))
+    more = {"added": new} if new else {}
+    model = own(parent.under, tokenizer, dtype=torch.float32, method=made_by, **more)
     _refuse_another_base(parent, model)
+    if new:
+        new_tokens.grow(model, tokenizer)
     if _in_4_bits(made_by, dtype):
         model = model.dequantize()
     merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
@@ -252,6 +271,7 @@ def trainable(
     head: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     steps: int | None = None,
+    tokens: Collection[int] = (),
 ) -> nn.Module:
     """`model` made ready to train by `method`.
 
@@ -260,7 +280,7 @@ def trainable(
 
     Args:
         head: it ends in a scalar head, which is trained in full.
-        tokenizer, steps: what some methods need; see `families.attach`.
+        tokenizer, steps, tokens: what some methods need; see `families.attach`.
 
     Raises:
         ConfigError: the method cannot be used on this model.
@@ -269,7 +289,9 @@ def trainable(
     if isinstance(model, peft.PeftModel):
         return families.go_on(model, ADAPTER)
     assert isinstance(model, PreTrainedModel)
-    return families.attach(model, method, head=head, tokenizer=tokenizer, steps=steps)
+    return families.attach(
+        model, method, head=head, tokenizer=tokenizer, steps=steps, tokens=tokens
+    )
 
 
 def no_dropout(model: nn.Module) -> None:
@@ -552,7 +574,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 def _adapted(model: peft.PeftModel) -> set[str]:
     """Names, as in the published weights, of the layers that carry an adapter."""
     named = model.get_base_model().named_modules()
-    return {name for name, module in named if isinstance(module, BaseTunerLayer)}
+    layers = {name for name, module in named if isinstance(module, BaseTunerLayer)}
+    return {name.removesuffix(".token_adapter") for name in layers}  # trained rows of embeddings
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,33 @@ def _settle_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
             "pad_token in tokenizer_config.json to an unused token."
         )
     tokenizer.pad_token = pad
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, template: TemplateConfig) -> list[str]:
+    """Make special tokens, one id each, of `template.tokens`; those the tokenizer did not have."""
+    known = set(tokenizer.get_vocab())
+    plain = [token for token in template.tokens if token not in tokenizer.all_special_tokens]
+    if plain:
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": plain}, replace_extra_special_tokens=False
+        )
+    return [token for token in plain if token not in known]
+
+
+def written(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]]) -> list[str]:
+    """The special tokens in rendered rows: what the template wrote, however it puts it together.
+
+    Every base knows its own BOS and EOS: these two count only where the template spells them out.
+    """
+    there = {number for ids in rows for number in ids}
+    template = str(tokenizer.chat_template)
+    own = {tokenizer.bos_token, tokenizer.eos_token}
+    special = {n: str(t) for n, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return [
+        token
+        for number, token in sorted(special.items())
+        if number in there and (token not in own or token in template)
+    ]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ def main(cfg: config.SFTStage) -> None:
         if session.finished:
             return
         from rlhf import engine, evaluate, golden, models, supervised, text
+        from rlhf.methods import tokens
 
         with session.phase("load"):
             engine.start(cfg.seed)
@@ -26,19 +27,29 @@ def main(cfg: config.SFTStage) -> None:
             tokenizer = text.load_tokenizer(
                 cfg.model.path, template=cfg.template, revision=cfg.model.revision
             )
+            added = text.add_tokens(tokenizer, cfg.template)
             renderer = text.Renderer(tokenizer)
             train_rows = renderer.sft(splits["train"], cfg.data)
             eval_rows = renderer.sft(splits["validation"], cfg.data)
             dtype = engine.dtype(cfg.engine)
-            base = models.load_base(cfg.model, tokenizer, dtype=dtype, method=cfg.method)
-            longest = max(len(row["input_ids"]) for row in (*train_rows, *eval_rows))
+            base = models.load_base(
+                cfg.model, tokenizer, dtype=dtype, method=cfg.method, added=added
+            )
+            rendered = [row["input_ids"] for row in (*train_rows, *eval_rows)]
+            longest = max(map(len, rendered))
             positions = getattr(base.config, "max_position_embeddings", None)
             contract.refuse_beyond(
                 positions, longest + cfg.method.positions, cfg.model.path, data.LENGTHS
             )
             base_facts = models.base_facts(cfg.model, base)
+            names = text.written(tokenizer, rendered)
+            if new := tokens.unseen(base, tokenizer, names, added=added):
+                session.note(tokens.check(new, tokenizer, cfg.method, cfg.engine))
+                tokens.grow(base, tokenizer)
             steps = supervised.optimizer_steps(cfg.train, len(train_rows))
-            policy = models.trainable(base, cfg.method, tokenizer=tokenizer, steps=steps)
+            policy = models.trainable(
+                base, cfg.method, tokenizer=tokenizer, steps=steps, tokens=new
+            )
         session.opening(splits, *models.count_parameters(policy))
 
         keeper = session.keeper(steps, cfg.train.save_every)

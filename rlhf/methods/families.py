@@ -6,6 +6,7 @@ A family is imported when its method is used: some are slow to import, or need m
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf.methods.settings import (
     BottleneckConfig,
     FreezeConfig,
     FullConfig,
+    LoraConfig,
     MethodConfig,
     PrefixConfig,
     PromptConfig,
@@ -63,6 +65,7 @@ def attach(
     head: bool,
     tokenizer: PreTrainedTokenizerBase | None = None,
     steps: int | None = None,
+    tokens: Collection[int] = (),
 ) -> nn.Module:
     """Make a model ready to train by a method.
 
@@ -71,6 +74,8 @@ def attach(
         head: the model ends in a scalar head (`score`), which is trained in full.
         tokenizer: for prompt_tuning that begins as a text.
         steps: optimizer steps there will be, for adalora.
+        tokens: ids that the base never saw, whose rows of embedding and head are trained too; the
+            method's row in the table says that it can.
 
     Raises:
         ConfigError: the method cannot be used on this model.
@@ -80,6 +85,8 @@ def attach(
         more["tokenizer"] = tokenizer
     if isinstance(cfg, AdaLoraConfig):
         more["steps"] = steps
+    if isinstance(cfg, LoraConfig):
+        more["tokens"] = tokens
     return _file(type(cfg)).attach(model, cfg, head=head, **more)
 
 

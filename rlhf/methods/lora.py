@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
 from rlhf.methods import lora_drop
+from rlhf.methods import tokens as new_tokens
 from rlhf.methods.settings import (
     AdaLoraConfig,
     IA3Config,
@@ -47,7 +48,12 @@ _TRIPLE = ("lora_A", "lora_B", "lora_E")  # what AdaLoRA's adapter of a layer ha
 
 
 def attach(
-    model: PreTrainedModel, cfg: Family, *, head: bool, steps: int | None = None
+    model: PreTrainedModel,
+    cfg: Family,
+    *,
+    head: bool,
+    steps: int | None = None,
+    tokens: Collection[int] = (),
 ) -> peft.PeftModel:
     """Freeze `model` and put a fresh adapter on it; its outputs are unchanged at first.
 
@@ -57,13 +63,17 @@ def attach(
         cfg: the `method` settings.
         head: the model ends in a scalar head (`score`), which is then trained in full.
         steps: optimizer steps there will be, which adalora spreads its pruning over.
+        tokens: ids whose rows of embedding and head are trained too; see `tokens.py`.
 
     Raises:
         ConfigError: `method.targets` matches no layer, or the settings cannot work on this model.
     """
     _refuse_unknown(model, cfg)
     try:
-        out = peft.get_peft_model(model, _peft_config(model, cfg, head=head, steps=steps))
+        config: Any = _peft_config(model, cfg, head=head, steps=steps)
+        if tokens:
+            config.trainable_token_indices = new_tokens.layers(model, tokens)
+        out = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(
             f"method.targets={cfg.targets}: no adapter could be placed: {error} Linear layers of "
@@ -73,6 +83,7 @@ def attach(
     if isinstance(cfg, LoraConfig) and cfg.name == "pissa":
         _refuse_wide(out, cfg.rank)
         out.pissa_start = pissa_start(out)  # type: ignore[assignment]
+    new_tokens.mend(out)
     settle(out, cfg)
     return out
 
@@ -273,7 +284,7 @@ def save(model: peft.PeftModel, folder: Path, adapter: str = ADAPTER) -> None:
     elif isinstance(model.peft_config[adapter], peft.AdaLoraConfig):
         _save_pruned(model, folder, adapter)
     else:
-        model.save_pretrained(str(folder), selected_adapters=[adapter])
+        model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         if adapter == ADAPTER:
             lora_drop.write(model, folder)
@@ -293,7 +304,7 @@ def restore(model: peft.PeftModel, folder: Path) -> None:
 
 def pissa_start(model: peft.PeftModel) -> dict[str, Tensor]:
     """What PiSSA moved from the base into a fresh adapter, by the names of the adapter's file."""
-    state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     kept = {name: tensor for name, tensor in state.items() if ".lora_" in name}
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in kept.items()}
 
@@ -307,7 +318,7 @@ def save_converted(model: peft.PeftModel, folder: Path, start: dict[str, Tensor]
     Args:
         start: `pissa_start` of the fresh adapter.
     """
-    state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     out = {name: tensor.detach().cpu() for name, tensor in state.items()}
     for name, first in start.items():
         first = first.to(out[name].dtype)
@@ -341,7 +352,7 @@ def _save_pruned(model: peft.PeftModel, folder: Path, adapter: str) -> None:
             name: kept if any(kept) else [True, *kept[1:]] for name, kept in pattern.items()
         }
     try:
-        model.save_pretrained(str(folder), selected_adapters=[adapter])
+        model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
     finally:
         config.rank_pattern = pattern  # peft shortens its names too
     (folder / "README.md").unlink(missing_ok=True)

@@ -27,6 +27,7 @@ class Method:
         shares: several roles of PPO can be adapters of it on one frozen backbone.
         checkpointing: activations may be recomputed (`engine.checkpointing`).
         quantization: its base may be in 4 bits (`method.quantization`).
+        new_tokens: it can learn tokens that the base never saw, such as those of a chat template.
         zero_stages: the ZeRO stages under which its training was measured to be right; the others
             are refused (`method-zero-stage` in guards.py).
         zero_reason: what goes wrong under the others; empty where there are none.
@@ -43,13 +44,14 @@ class Method:
     shares: bool = False
     checkpointing: bool = True
     quantization: bool = False
+    new_tokens: bool = False
     zero_stages: tuple[int, ...] = (0, 1, 2)
     zero_reason: str = _UNMEASURED_3
     rm_reason: str = ""
     ppo_reason: str = ""
 
 
-def _own(name: str, title: str, paper: str) -> Method:
+def _own(name: str, title: str, paper: str, *, new_tokens: bool = False) -> Method:
     """Weights of the model itself: published whole, and a model for each role of PPO."""
     return Method(
         name,
@@ -58,6 +60,7 @@ def _own(name: str, title: str, paper: str) -> Method:
         provider="ours",
         adapter=False,
         mergeable=False,
+        new_tokens=new_tokens,
         zero_stages=ALL,
         zero_reason="",
     )
@@ -66,12 +69,13 @@ def _own(name: str, title: str, paper: str) -> Method:
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        _own("full", "every weight", "-"),
+        _own("full", "every weight", "-", new_tokens=True),
         _own("freeze", "the last layers, the final norm, the head", "-"),
         Method(
             "lora",
             "low-rank adapters",
             "Hu et al. 2021",
+            new_tokens=True,
             shares=True,
             quantization=True,
             zero_stages=ALL,
@@ -81,6 +85,7 @@ METHODS: dict[str, Method] = {
             "rslora",
             "LoRA scaled by alpha/sqrt(rank)",
             "Kalajdzievski 2023",
+            new_tokens=True,
             shares=True,
             quantization=True,
         ),
@@ -88,6 +93,7 @@ METHODS: dict[str, Method] = {
             "dora",
             "LoRA, and the length of each row",
             "Liu et al. 2024",
+            new_tokens=True,
             shares=True,
         ),
         Method(
@@ -98,11 +104,13 @@ METHODS: dict[str, Method] = {
                 "its first adapter and what it leaves of the weights add up to the SFT model only "
                 "up to rounding, which the proof of the first step cannot tell from an error"
             ),
+            new_tokens=True,
         ),
         Method(
             "qlora",
             "LoRA on a base in 4 bits",
             "Dettmers et al. 2023",
+            new_tokens=True,
             quantization=True,
             ppo_reason=(
                 "the SFT weights would be quantised again, and the policy would begin as another "
@@ -113,6 +121,7 @@ METHODS: dict[str, Method] = {
             "adalora",
             "LoRA with ranks that are pruned",
             "Zhang et al. 2023",
+            new_tokens=True,
             zero_stages=(0,),
             zero_reason=(
                 "ZeRO updates copies of the weights and writes them back, which undoes the pruning"
@@ -126,6 +135,7 @@ METHODS: dict[str, Method] = {
             "lora_plus",
             "LoRA whose B learns faster",
             "Hayou et al. 2024",
+            new_tokens=True,
             provider="optimizer",
             shares=True,
             quantization=True,
@@ -134,6 +144,7 @@ METHODS: dict[str, Method] = {
             "lora_fa",
             "the B of LoRA",
             "Zhang et al. 2023",
+            new_tokens=True,
             provider="optimizer",
             shares=True,
             quantization=True,
@@ -143,6 +154,7 @@ METHODS: dict[str, Method] = {
             "lora_drop",
             "LoRA in the layers that need it",
             "Zhou et al. 2024",
+            new_tokens=True,
             provider="ours",
             ppo_reason="its layers are chosen by a first training on demonstrations",
         ),
@@ -150,6 +162,7 @@ METHODS: dict[str, Method] = {
             "plora",
             "LoRA in periods",
             "Meng et al. 2024",
+            new_tokens=True,
             provider="ours",
             quantization=True,
             ppo_reason=_NO_SCHEDULE,
@@ -158,6 +171,7 @@ METHODS: dict[str, Method] = {
             "relora",
             "LoRA with restarts",
             "Lialin et al. 2023",
+            new_tokens=True,
             provider="ours",
             quantization=True,
             ppo_reason=_NO_SCHEDULE,
