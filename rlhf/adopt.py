@@ -220,7 +220,7 @@ def _template(given: str | None, folder: Path, parent: Published | None) -> Temp
         )
     if (preset := CONF / "template" / f"{name}.yaml").is_file():
         values: Any = OmegaConf.to_container(OmegaConf.load(preset))
-        return TemplateConfig(values["name"], values.get("chat_template"))
+        return TemplateConfig(values["name"], values.get("chat_template"), values.get("tokens", []))
     try:
         return TemplateConfig(Path(name).name, Path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -467,6 +467,12 @@ def _tokenizer(folder: Path, template: TemplateConfig) -> PreTrainedTokenizerBas
         raise ConfigError(
             f"{folder}: its tokenizer has no tokenizer.json, and none could be made of what is "
             "there. Save it as a fast one: its hash is how two stages know they read the same."
+        )
+    if lacking := text.add_tokens(tokenizer, template):
+        raise ConfigError(
+            f"--template={template.name}: {', '.join(lacking)}: the tokenizer in {folder} has no "
+            "such tokens, so its model was never trained on this template. Choose the one it was "
+            "trained with, or train it: stages/sft.py gives a base model new tokens."
         )
     return tokenizer
 

@@ -38,11 +38,9 @@ from rlhf.manifest import BaseModel
 from rlhf.masking import at_least_fp32
 from rlhf.methods import families
 from rlhf.methods import tokens as new_tokens
-from rlhf.methods.settings import METHOD_SETTINGS, LoraConfig, MethodConfig
+from rlhf.methods.settings import ADAPTER, METHOD_SETTINGS, LoraConfig, MethodConfig
 from rlhf.ranks import is_main
 from rlhf.registry import Published
-
-ADAPTER = "default"  # peft's name of the adapter that is published: the trained model's own
 
 # ---------------------------------------------------------------- loading
 

@@ -51,6 +51,18 @@ def _a_home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """A group of one process, as a stage starts it; the environment is put back afterwards."""
+    from rlhf import engine
+
+    before = dict(os.environ)
+    engine.start(0)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_network() -> Iterator[None]:
     """A connection that would leave this machine fails, loudly and at once."""

@@ -451,6 +451,11 @@ def test_a_template_that_fails(registry, tiny_model_dir, tmp_path):
     refused(registry, tiny_model_dir, "does not start with the text", template=bad)
 
 
+def test_a_template_of_tokens_that_the_model_lacks(registry, tiny_model_dir):
+    match = r"--template=chatml: <\|im_start\|>, <\|im_end\|>: the tokenizer in .* has no such"
+    refused(registry, tiny_model_dir, match, template="chatml")
+
+
 def test_no_tokenizer(registry, tiny_model_dir):
     for file in tiny_model_dir.glob("tokenizer*"):
         file.unlink()

@@ -31,25 +31,13 @@ from rlhf.methods.settings import (
 from rlhf.registry import Registry
 from rlhf.run import open_run
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 PLUS = LoraPlusConfig(rank=2, ratio=8.0)
 RELORA = PhasedLoraConfig(name="relora", rank=2, phases=3, rewarm=0.5)
 PLORA = PhasedLoraConfig(name="plora", rank=2, phases=3)
 ADALORA = AdaLoraConfig(rank=2, initial_rank=3, begin=0.1, end=0.7, every=2)
 MANY = AdaLoraConfig(rank=2, initial_rank=8, begin=0.1, end=0.7, every=2)
-
-
-def start_group():
-    before = dict(os.environ)
-    engine.start(0)
-    return before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    before = start_group()
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def demonstrations(count=8):
@@ -551,7 +539,7 @@ def work(place: Path, stop: str) -> None:
     from conftest import build_tokenizer  # which forgets that there are several processes
 
     os.environ.update(given)
-    start_group()
+    engine.start(0)
     for name, (method, zero) in WORLDS.items():
         model, tokenizer = attach(method), build_tokenizer()
         cfg = config(micro_batch_size=4, schedule="linear", learning_rate=1e-3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 
 import peft
 import pytest
@@ -17,7 +16,6 @@ from test_courses import (
     demonstrations,
     plain_loss,
     preferences,
-    start_group,
     train,
     trained,
     worst,
@@ -28,15 +26,9 @@ from rlhf import interrupts, supervised
 from rlhf.methods import lora, lora_drop
 from rlhf.methods.settings import LoraDropConfig
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 DROP = LoraDropConfig(rank=2, threshold=0.4, sample=0.5, sample_steps=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    before = start_group()
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def attach(method, head=False):

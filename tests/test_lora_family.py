@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 
 import peft
 import pytest
@@ -27,6 +26,8 @@ from rlhf.methods.settings import (
     VeraConfig,
 )
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 METHODS = {
     "lora": LoraConfig(rank=4),
     "rslora": LoraConfig(name="rslora", rank=4),
@@ -44,15 +45,6 @@ METHODS = {
 }
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 NONE = torch.tensor([[1, 50, 60, 70, 80, 90, 100]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    before = dict(os.environ)
-    engine.start(0)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

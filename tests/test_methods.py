@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import re
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf import contract, data, engine, golden, guards, models, ppo, proofs, rollout, supervised
+from rlhf import contract, data, golden, guards, models, ppo, proofs, rollout, supervised
 from rlhf.config import (
     PROJECT,
     DataConfig,
@@ -36,6 +35,8 @@ from rlhf.registry import Registry
 from rlhf.roles import load_roles
 from rlhf.run import open_run
 from rlhf.text import Renderer, load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 BASE = PROJECT / "data/tiny/base"
 STEPS, ROWS = 24, 8  # optimizer steps of SFT (half of them for a reward model), rows of each
@@ -98,15 +99,6 @@ def test_the_table_has_every_method_and_the_project_the_same_names_everywhere():
     readme = (PROJECT / "README.md").read_text()
     line = next(line for line in readme.splitlines() if line.startswith("| `method` |"))
     assert names == set(re.findall(r"`(\w+)`", line)) - {"method"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    before = dict(os.environ)
-    engine.start(0)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

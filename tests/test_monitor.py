@@ -12,14 +12,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_ppo import EOS, PROMPTS, make_roles, process_group, ready, stage
+from test_ppo import EOS, PROMPTS, make_roles, ready, stage
 
 from rlhf import ppo
 from rlhf.config import StopConfig
 from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.monitor import Evidence, Monitor, likely_causes
 
-__all__ = ["make_roles", "process_group"]  # fixtures
+__all__ = ["make_roles"]  # fixtures
+pytestmark = pytest.mark.usefixtures("process_group")
 
 CALM = {
     "objective/kl": 0.0,

@@ -28,18 +28,10 @@ from rlhf.config import EngineConfig
 from rlhf.errors import ConfigError
 
 __all__ = ["policy"]  # a fixture
+pytestmark = pytest.mark.usefixtures("process_group")
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 SIZES = {"micro_batch_size": 1, "accumulation": 1, "max_grad_norm": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    before = dict(os.environ)
-    engine.start(0)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_ppo import drawn, make_roles, process_group, stage
+from test_ppo import drawn, make_roles, stage
 
 from rlhf import ppo
 from rlhf.config import AlgorithmConfig
 from rlhf.methods.settings import FullConfig
 
-__all__ = ["make_roles", "process_group"]  # fixtures
+__all__ = ["make_roles"]  # fixtures
+pytestmark = pytest.mark.usefixtures("process_group")
 
 VOCABULARY = 12
 PROMPT = [1, 5]

@@ -17,7 +17,6 @@ from test_models import CLOSE, EOS, PAD, PADDINGS, PROMPTS, RESPONSES, ROWS, pad
 from test_supervised import (
     demonstrations,
     preferences,
-    process_group,
     train,
     train_rm,
     train_sft,
@@ -31,7 +30,8 @@ from rlhf.errors import ConfigError
 from rlhf.methods import bottleneck, own, unipelt
 from rlhf.methods.settings import BottleneckConfig, UniPELTConfig
 
-__all__ = ["process_group"]  # a fixture
+pytestmark = pytest.mark.usefixtures("process_group")
+
 
 METHODS = {
     "houlsby": (bottleneck, BottleneckConfig(name="houlsby", size=8)),

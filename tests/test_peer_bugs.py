@@ -70,7 +70,6 @@ from test_ppo import (
     judged,
     make_roles,
     noisy,
-    process_group,
     ready,
     stage,
     updated,
@@ -85,7 +84,8 @@ from rlhf.manifest import BaseModel
 from rlhf.roles import load_roles
 from rlhf.text import Renderer
 
-__all__ = ["make_roles", "process_group"]  # fixtures
+__all__ = ["make_roles"]  # fixtures
+pytestmark = pytest.mark.usefixtures("process_group")
 
 TESTS = Path(__file__).parent
 CLOSE = {"rtol": 0, "atol": 2e-5}

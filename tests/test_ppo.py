@@ -20,20 +20,13 @@ from rlhf.returns import gae, token_rewards
 from rlhf.roles import Roles
 from rlhf.rollout import sample, share
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 PAD, EOS = 0, 2
 VOCABULARY = 24
 CLOSE = {"rtol": 0, "atol": 1e-5}
 PROMPTS = [[1, 5, 6], [1, 7], [1, 8, 9, 10, 11], [1, 13], [1, 14, 15], [1, 5], [1, 9, 9], [1, 3]]
 FULL, LORA = FullConfig(), LoraConfig(rank=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    before = dict(os.environ)
-    engine.start(0)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def stage(*, temperature=1.0, top_k=None, top_p=None, zero_stage=2, seed=0, new=10, **settings):

@@ -16,7 +16,6 @@ from test_ppo import (
     make_roles,
     noisy,
     off_policy,
-    process_group,
     ready,
     stage,
     updated,
@@ -29,7 +28,8 @@ from rlhf.config import AlgorithmConfig, PPOConfig, PPOStage, SamplingConfig
 from rlhf.controllers import AdaptiveKL, FixedKL
 from rlhf.errors import ConfigError
 
-__all__ = ["make_roles", "process_group"]  # fixtures
+__all__ = ["make_roles"]  # fixtures
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def algorithm(name, cfg=None, *, per_prompt=4, scale=True):

@@ -6,14 +6,15 @@ import copy
 
 import pytest
 import torch
-from test_ppo import FULL, LORA, judged, make_roles, process_group, ready, stage, updated
+from test_ppo import FULL, LORA, judged, make_roles, ready, stage, updated
 from test_roles import load, parents
 
 from rlhf import models, proofs
 from rlhf.errors import ConfigError, RegistryError, StoppedByGuard
 from rlhf.text import Renderer
 
-__all__ = ["load", "make_roles", "parents", "process_group"]  # fixtures
+__all__ = ["load", "make_roles", "parents"]  # fixtures
+pytestmark = pytest.mark.usefixtures("process_group")
 
 # before the first update -------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from test_ppo import (
     assert_same,
     judged,
     make_roles,
-    process_group,
     ready,
     stage,
     weights,
@@ -24,7 +23,8 @@ from test_ppo import (
 from rlhf import data, ppo, ptx
 from rlhf.errors import ConfigError, DataError
 
-__all__ = ["make_roles", "process_group"]  # fixtures
+__all__ = ["make_roles"]  # fixtures
+pytestmark = pytest.mark.usefixtures("process_group")
 
 PROMPTS = [[1, 5], [1, 6, 7], [1, 8, 9, 10, 11], [1, 4], [1, 12, 13], [1, 3, 3], [1, 9], [1, 14, 5]]
 ANSWERS = [[7, 2], [8, 9, 10, 2], [5, 2], [6, 6, 6, 6, 6, 2], [2], [11, 12, 2], [4, 4, 2], [13, 2]]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_ppo import drawn, judge, noisy, process_group, stage
+from test_ppo import drawn, judge, noisy, stage
 from torch.testing import assert_close
 
 from rlhf import models, ppo
@@ -18,7 +18,8 @@ from rlhf.errors import ConfigError
 from rlhf.methods.settings import FullConfig, LoraConfig
 from rlhf.roles import load_roles
 
-__all__ = ["process_group"]  # a fixture
+pytestmark = pytest.mark.usefixtures("process_group")
+
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 LORA = LoraConfig(rank=4)

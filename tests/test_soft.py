@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import peft
 import pytest
@@ -27,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rlhf import engine, models, rollout, supervised
+from rlhf import models, rollout, supervised
 from rlhf.config import EngineConfig, SamplingConfig, TrainConfig
 from rlhf.console import Console
 from rlhf.errors import ConfigError, ShapeError
@@ -36,6 +35,8 @@ from rlhf.methods import lora, soft
 from rlhf.methods.settings import LoraConfig, PrefixConfig, PromptConfig, PTuningConfig
 from rlhf.registry import Registry
 from rlhf.run import open_run
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 P, VOCAB = 5, 64
 METHODS = {
@@ -68,16 +69,6 @@ CLOSE = {"rtol": 0.0, "atol": 2e-5}  # of numbers up to 10; a pad that is seen m
 each_method = pytest.mark.parametrize("method", METHODS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group():
-    before = dict(os.environ)
-    engine.start(0)  # as TRL's trainers want it
-    torch.set_num_threads(1)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def base(kind="llama", *, head=False, attn="eager", seed=0, config=None):

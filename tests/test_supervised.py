@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf import engine, interrupts, models, supervised
+from rlhf import interrupts, models, supervised
 from rlhf.config import EngineConfig, TrainConfig
 from rlhf.console import Console
 from rlhf.keeper import Keeper
@@ -21,17 +21,10 @@ from rlhf.registry import Registry
 from rlhf.run import open_run
 from rlhf.tracking import METRICS
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 # Prompt and answer lengths; rows of very different weight, so that a mean of means shows.
 LENGTHS = [(3, 9), (8, 2), (2, 1), (5, 6), (4, 12), (6, 3), (2, 7), (9, 4)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    before = dict(os.environ)
-    engine.start(0)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def tokens(n, generator):

@@ -6,7 +6,6 @@ The stages run on the project's own base, which knows its own chat tokens and no
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
 import signal
@@ -24,7 +23,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf import engine, models, supervised, text
+from rlhf import models, supervised, text
 from rlhf.config import CONF, PROJECT, EngineConfig, TemplateConfig, TrainConfig
 from rlhf.console import Console
 from rlhf.errors import ConfigError
@@ -35,6 +34,8 @@ from rlhf.methods.table import METHODS
 from rlhf.registry import Registry
 from rlhf.run import open_run
 from rlhf.tracking import Tracker
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 CHATML = TemplateConfig(
     **{
@@ -53,15 +54,6 @@ SETTINGS = {
     "plora": {"phases": 2},
     "relora": {"phases": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    before = dict(os.environ)
-    engine.start(0)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def user(content):
@@ -285,7 +277,6 @@ def train(policy, renderer, method, engine_cfg=ENGINE, steps=4):
         schedule="constant",
         eval_every=steps,
     )
-    asks = "method" in inspect.signature(supervised._train).parameters
     with TemporaryDirectory() as runs, open_run(Registry(runs), "sft", "t", {}, {}) as run:
         keeper = Keeper(
             run,
@@ -305,7 +296,7 @@ def train(policy, renderer, method, engine_cfg=ENGINE, steps=4):
             engine_cfg=engine_cfg,
             seed=0,
             keeper=keeper,
-            **({"method": method} if asks else {}),
+            method=method,
         )
 
 
@@ -314,6 +305,8 @@ def policy_on(tiny_model, chatml, tmp_path):
     """A factory: (base folder, new ids, a model with all that the stage of SFT does to it)."""
 
     def make(name, tied, dtype=torch.float32):
+        if name == "qlora":
+            pytest.importorskip("bitsandbytes")
         folder = tmp_path / f"base-{tied}"
         tiny_model(tie_word_embeddings=tied, initializer_range=0.1).save_pretrained(folder)
         method, added = method_of(name), [START, END]

@@ -22,7 +22,7 @@ from rlhf import engine, ranks
 from rlhf.config import TrainConfig
 from rlhf.errors import ConfigError
 from rlhf.methods import lora
-from rlhf.methods.settings import AdaLoraConfig, MethodConfig, PhasedLoraConfig
+from rlhf.methods.settings import ADAPTER, AdaLoraConfig, MethodConfig, PhasedLoraConfig
 
 FILES = "adalora"  # .json and .safetensors, in a checkpoint
 
@@ -150,7 +150,7 @@ class Phases(Course):
         self._optimizer, self._phase = optimizer, self.phase(step)
         layers: list[Any] = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         for layer in layers:
-            a, b = layer.lora_A[lora.ADAPTER].weight, layer.lora_B[lora.ADAPTER].weight
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             self._hooks.append(a.register_hook(lambda grad: self._only(grad, 0)))
             self._hooks.append(b.register_hook(lambda grad: self._only(grad, 1)))
 
@@ -189,7 +189,7 @@ class Pruning(Course):
     def __init__(self, method: AdaLoraConfig, model: peft.PeftModel) -> None:
         super().__init__(method, model)
         self._tuner: Any = model.base_model
-        self._config: Any = model.peft_config[lora.ADAPTER]
+        self._config: Any = model.peft_config[ADAPTER]
         self._coefficient = method.orthogonality
         self._step = 0
         self._hook: Any = None
@@ -227,7 +227,7 @@ class Pruning(Course):
         layers: list[Any] = [m for m in self.model.modules() if isinstance(m, AdaLoraLayer)]
         norms = []
         for layer in layers:
-            for p in (layer.lora_B[lora.ADAPTER].T, layer.lora_A[lora.ADAPTER]):  # [rank, side]
+            for p in (layer.lora_B[ADAPTER].T, layer.lora_A[ADAPTER]):  # [rank, side]
                 norms.append(torch.linalg.matrix_norm(p @ p.T - torch.eye(len(p)).to(p)))
         return self._coefficient * torch.stack(norms).mean()
 

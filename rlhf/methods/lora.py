@@ -29,6 +29,7 @@ from rlhf.errors import ConfigError
 from rlhf.methods import lora_drop
 from rlhf.methods import tokens as new_tokens
 from rlhf.methods.settings import (
+    ADAPTER,
     AdaLoraConfig,
     IA3Config,
     LoraConfig,
@@ -40,7 +41,6 @@ from rlhf.methods.settings import (
 
 Family = LoraConfig | VeraConfig | IA3Config
 
-ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
 _TRIPLE = ("lora_A", "lora_B", "lora_E")  # what AdaLoRA's adapter of a layer has
 

@@ -21,9 +21,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from rlhf.methods.settings import LoraDropConfig
+from rlhf.methods.settings import ADAPTER, LoraDropConfig
 
-ADAPTER = "default"
 FILE = "lora_drop.json"  # beside the adapter's weights
 
 Plan = dict[str, list[str]]  # "kept": layers; "<kind> <shape>": layers that share one adapter

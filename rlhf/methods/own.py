@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rlhf.errors import ConfigError
+from rlhf.methods.settings import ADAPTER
 from rlhf.parts import HEAD
 
-ADAPTER = "default"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,

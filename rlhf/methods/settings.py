@@ -12,6 +12,7 @@ from omegaconf import MISSING
 
 from rlhf.checks import above, between, one_of
 
+ADAPTER = "default"  # peft's name of the adapter that is trained and published
 _COUNT = "It counts virtual tokens; 10 to 100 are usual."
 
 

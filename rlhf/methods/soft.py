@@ -29,9 +29,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.errors import ConfigError, ShapeError
-from rlhf.methods.settings import PrefixConfig, PromptConfig, PTuningConfig
+from rlhf.methods.settings import ADAPTER, PrefixConfig, PromptConfig, PTuningConfig
 
-ADAPTER = "default"
 Settings = PrefixConfig | PromptConfig | PTuningConfig
 KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer, [1, heads, P, width of a head]
 
