@@ -443,10 +443,16 @@ class RewardConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Sampling on held-out prompts, at temperature 1."""
+    """Sampling on held-out prompts, at temperature 1.
+
+    `@best` is the step whose held-out answers have the highest gold (`data.gold`), or, without a
+    gold score, the highest score of `second_rm`, or, without either, the highest score of what is
+    optimised, which a policy that exploits its reward model raises too.
+    """
 
     prompts: int = 200  # from the validation split; 0: no sampling
     samples: int = 5  # answers shown on the console; samples.jsonl holds all
+    second_rm: str | None = None  # PPO: a reward model that only watches, as in rm/other-seed
 
     def __post_init__(self) -> None:
         between("evaluation.prompts", self.prompts, 0, math.inf, "0 switches it off.")

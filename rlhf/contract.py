@@ -15,14 +15,18 @@ from rlhf.methods.table import METHODS
 from rlhf.ranks import is_main
 from rlhf.registry import Published, Registry, parse_reference
 
-PLAYED_BY = {"policy_from": ("sft", "ppo"), "rm_from": ("rm",)}  # stages that may stand there
+PLAYED_BY = {  # stages that may stand there
+    "policy_from": ("sft", "ppo"),
+    "rm_from": ("rm",),
+    "evaluation.second_rm": ("rm",),
+}
 
 
 def parent(registry: Registry, setting: str, reference: str) -> Published:
     """The run that a stage starts from: finished, and every byte of it what was published.
 
     Args:
-        setting: "policy_from" or "rm_from".
+        setting: one of PLAYED_BY.
         reference: its value.
 
     Raises:
@@ -65,6 +69,28 @@ def ppo_parents(registry: Registry, cfg: PPOStage) -> tuple[Published, list[Publ
     _check_beginning(sft, rms, cfg)
     check_sharing(sft, rms[0] if rms else None, cfg.method, cfg.engine, cfg.share_backbone)
     return sft, rms
+
+
+def watcher(
+    registry: Registry, cfg: PPOStage, sft: Published, rms: Sequence[Published]
+) -> list[Published]:
+    """The reward model that only watches (`evaluation.second_rm`), as a list of one or none.
+
+    Raises:
+        ConfigError, RegistryError: it does not fit, or it is what PPO optimises.
+    """
+    name = cfg.evaluation.second_rm
+    if name is None:
+        return []
+    second = parent(registry, "evaluation.second_rm", name)
+    if second.digest in [rm.digest for rm in rms]:
+        raise ConfigError(
+            f"evaluation.second_rm={name}: PPO optimises this reward model, so it cannot tell when "
+            "it is exploited. Train another one (`make rm RM_ARGS='run_name=second seed=1'`), or "
+            "leave evaluation.second_rm out."
+        )
+    check_pair(sft, second, cfg)
+    return [second]
 
 
 def check_method(parent: Published, method: MethodConfig) -> None:
@@ -183,10 +209,13 @@ def check_pair(policy: Published, reward_model: Published, cfg: PPOStage) -> Non
     _check_limits(reward_model, cfg)
 
 
-def reward_roles(runs: Sequence[Published]) -> dict[str, Published]:
-    """role -> run: reward_model, reward_model_2, and so on."""
+def reward_roles(
+    runs: Sequence[Published], watching: Sequence[Published] = ()
+) -> dict[str, Published]:
+    """role -> run: reward_model, reward_model_2, and so on; watching_reward_model."""
     names = ["reward_model", *(f"reward_model_{n + 2}" for n in range(len(runs) - 1))]
-    return dict(zip(names, runs, strict=False))
+    roles = dict(zip(names, runs, strict=False))
+    return roles | {"watching_reward_model": run for run in watching}  # noqa: B035  # one or none
 
 
 def _check_descent(policy: Published, reward_model: Published, make: str) -> None:

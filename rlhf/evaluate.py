@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf import engine, models
+from rlhf import engine, models, overoptimisation
 from rlhf.config import SamplingConfig, StageConfig
 from rlhf.data import Gold
 from rlhf.losses import logprobs_of
 from rlhf.rewards import Rewards, last_turn
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, pad_left, sample
+from rlhf.statistics import mean_of, win_rate
 from rlhf.text import Renderer
 
 
@@ -35,6 +36,8 @@ class Answers:
         gold: the gold score of each, where the data has one.
         scores: what each is worth to PPO; empty where none was asked.
         kl: nats, log policy - log reference of each answer; empty where no reference was given.
+        second: what a reward model says that is not trained on; empty without one.
+        logprobs: nats, log probability of each answer under the policy that wrote it.
     """
 
     prompt_ids: list[list[int]]
@@ -44,6 +47,28 @@ class Answers:
     gold: list[float] | None = None
     scores: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    second: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def measure(self) -> list[float] | None:
+        """What training never sees: gold, or a second reward model's scores, or None."""
+        return self.gold or self.second or None
+
+    def at(self, step: int) -> overoptimisation.Evaluation:
+        """As what is watched from step to step."""
+        tokens = sum(map(len, self.answer_ids))
+        return overoptimisation.Evaluation(
+            step=step,
+            kl=mean_of(self.kl).value,
+            scores=self.scores,
+            measure=self.measure,
+            length=mean_of([len(ids) for ids in self.answer_ids]).value,
+            eos_rate=mean_of([float(ended) for ended in self.ended]).value,
+            distinct=overoptimisation.distinct(self.answer_ids),
+            repetition=overoptimisation.repetition(self.answer_ids),
+            entropy=-math.fsum(self.logprobs) / tokens if tokens else 0.0,
+        )
 
 
 def answer(
@@ -87,7 +112,8 @@ def answer(
     )
     ids = drawn.answer_ids()
     texts = [renderer.decode(row) for row in ids]
-    out = Answers(prompts, ids, texts, drawn.ended.tolist())
+    own = torch.where(drawn.response_mask, drawn.logprobs, 0.0).sum(1)
+    out = Answers(prompts, ids, texts, drawn.ended.tolist(), logprobs=own.tolist())
     if gold is not None:
         out.gold = gold([row["prompt"][-1]["content"] for row in rows], texts, rows)
     if reward is not None:
@@ -131,33 +157,6 @@ def kl_to_reference(reference: nn.Module, drawn: Rollout, batch_size: int) -> li
         ref_logprobs = logprobs_of(logits, responses)
         out += torch.where(mask, drawn.logprobs[rows] - ref_logprobs, 0.0).sum(1).tolist()
     return out
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean with its 95 % interval (normal approximation, n - 1 in the variance)."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} (95 % {self.low:.3f} to {self.high:.3f})"
-
-
-def mean_of(numbers: Sequence[float]) -> Mean:
-    """Mean and 95 % interval of independent numbers."""
-    n = len(numbers)
-    mean = sum(numbers) / n
-    variance = sum((x - mean) ** 2 for x in numbers) / max(1, n - 1)
-    half = 1.96 * math.sqrt(variance / n)
-    return Mean(mean, mean - half, mean + half)
-
-
-def win_rate(challenger: Sequence[float], other: Sequence[float]) -> Mean:
-    """Share of prompts on which `challenger` measures higher; a tie counts half."""
-    pairs = zip(challenger, other, strict=True)
-    return mean_of([0.5 if a == b else float(a > b) for a, b in pairs])
 
 
 BEST_OF = 8
@@ -225,6 +224,7 @@ class HeldOut:
     Attributes:
         rows: of the validation split.
         renderer, cfg, gold, reward: as in `answer`.
+        second: a reward model that only watches.
     """
 
     rows: list[dict[str, Any]]
@@ -232,10 +232,17 @@ class HeldOut:
     cfg: StageConfig
     gold: Gold | None
     reward: Rewards
+    second: nn.Module | None = None
+
+    @property
+    def measure(self) -> str | None:
+        """What watches that training never sees."""
+        second = None if self.second is None else overoptimisation.SECOND
+        return overoptimisation.GOLD if self.gold is not None else second
 
     def answers(self, policy: nn.Module, roles: Roles) -> Answers:
         """One answer per prompt at temperature 1, with gold, score and KL to the reference."""
-        return answer(
+        out = answer(
             policy,
             self.renderer,
             self.rows[: self.cfg.evaluation.prompts],
@@ -245,6 +252,20 @@ class HeldOut:
             reward=self.reward,
             reference=roles.reference,
         )
+        if self.second is not None:
+            sequences = [p + a for p, a in zip(out.prompt_ids, out.answer_ids, strict=True)]
+            size = self.cfg.sampling.batch_size
+            out.second = score_all(self.second, sequences, self.renderer.pad_id, size)
+        return out
+
+    def follow(self, course: overoptimisation.Course, now: Answers, *, step: int) -> list[str]:
+        """Add the answers of a step (0: the SFT model's) to a run's course; new warnings as lines.
+
+        A run that goes on has the SFT model's answers in its course already.
+        """
+        if not now.texts or (step == 0 and course.points):
+            return []
+        return [f"warning: {w.name}: {w.text}" for w in course.see(now.at(step))]
 
     def compare(self, before: Answers, after: Answers) -> dict[str, float]:
         """Scores, KL, and gold with the share of prompts on which the later answer wins."""
@@ -257,7 +278,19 @@ class HeldOut:
             "eval/score_ci_high": score.high,
             "eval/score_sft": mean_of(before.scores).value,
             "eval/kl": mean_of(after.kl).value,
+            "eval/length": mean_of([len(ids) for ids in after.answer_ids]).value,
+            "eval/eos_rate": mean_of([float(ended) for ended in after.ended]).value,
+            "eval/distinct": overoptimisation.distinct(after.answer_ids),
+            "eval/repetition": overoptimisation.repetition(after.answer_ids),
         }
+        if after.second:
+            second = mean_of(after.second)
+            out |= {
+                "eval/second": second.value,
+                "eval/second_ci_low": second.low,
+                "eval/second_ci_high": second.high,
+                "eval/second_sft": mean_of(before.second).value,
+            }
         if before.gold is not None and after.gold is not None:
             mean, wins = mean_of(after.gold), win_rate(after.gold, before.gold)
             out |= {
@@ -331,6 +364,9 @@ def ppo_summary(metrics: dict[str, float]) -> list[tuple[str, str]]:
         ),
         ("KL to the reference", f"{metrics['eval/kl']:.2f} nats per answer, held out"),
     ]
+    if "eval/second" in metrics:
+        after = with_interval(metrics, "eval/second")
+        rows.append(("second reward model", f"{metrics['eval/second_sft']:.3f} -> {after}"))
     if "eval/gold" in metrics:
         after = with_interval(metrics, "eval/gold")
         wins = with_interval(metrics, "eval/win_rate")

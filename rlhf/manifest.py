@@ -162,6 +162,7 @@ class Manifest:
     model_is: str  # what model/ holds: "best" or "last"
     stopped: str | None  # why a run-time guard ended it early; None: it ran to its end
     files: dict[str, FileFacts]
+    warnings: list[str] = field(default_factory=list)  # what was noticed on the way
     self_digest: str = ""
 
     @property

@@ -167,11 +167,17 @@ def kl_controller(cfg: PPOConfig) -> FixedKL | AdaptiveKL:
     return AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
 
+WORTH = ("eval/gold", "eval/second", "eval/score")
+
+
 def worth(held_out: dict[str, float], cfg: PPOConfig) -> float | None:
-    """What `@best` is chosen by: the held-out score; None beyond the KL budget or without one."""
+    """What `@best` is chosen by; None beyond the KL budget or without any.
+
+    Gold where there is one, else the second reward model's score, else the score that is optimised.
+    """
     if cfg.kl_budget is not None and held_out.get("eval/kl", 0.0) > cfg.kl_budget:
         return None
-    return held_out.get("eval/score")
+    return next((held_out[name] for name in WORTH if name in held_out), None)
 
 
 # ---------------------------------------------------------------- judge

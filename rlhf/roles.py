@@ -124,6 +124,13 @@ def load_reward_models(
     return first | own
 
 
+def load_watcher(
+    second: Sequence[Published], tokenizer: PreTrainedTokenizerBase, engine_cfg: EngineConfig
+) -> dict[str, nn.Module]:
+    """reference -> the reward model that only watches, where there is one."""
+    return {rm.reference: _frozen(rm, tokenizer, engine_cfg) for rm in second}
+
+
 def _frozen(
     rm: Published, tokenizer: PreTrainedTokenizerBase, engine_cfg: EngineConfig
 ) -> nn.Module:

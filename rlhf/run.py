@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,6 +317,7 @@ class Run:
         phases: Mapping[str, Mapping[str, Any]],
         model_is: str = "last",
         stopped: str | None = None,
+        warnings: Sequence[str] = (),
     ) -> Manifest:
         """Finish the run: hash every immutable file, then write manifest.json, last and atomically.
 
@@ -329,6 +330,7 @@ class Run:
             phases: name -> seconds, peak_memory_gb.
             model_is: "best" or "last", what model/ holds.
             stopped: why a run-time guard ended it early, where one did.
+            warnings: what was noticed on the way.
 
         Raises:
             RegistryError: a fact is missing, a file may not be published, or the disk refuses.
@@ -364,6 +366,7 @@ class Run:
                 model_is=model_is,
                 stopped=stopped,
                 files=files,
+                warnings=list(warnings),
             )
             text = seal(manifest)
             unseal(Manifest, text.encode(), str(self.path / MANIFEST))  # our own rules hold

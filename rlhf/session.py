@@ -13,7 +13,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,11 @@ class Session:
         if self._run is not None and not self.finished:
             with self._run.log_path.open("a", encoding="utf-8") as log:
                 log.write(f"{now()} {text}\n")
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the run that may change later; main process only."""
+        if self._run is not None:
+            (self.path / name).write_text(text, encoding="utf-8")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -227,6 +232,7 @@ class Session:
         golden: dict[str, Any],
         where: dict[str, str],
         summary: list[tuple[str, str]],
+        warnings: Sequence[str] = (),
     ) -> None:
         """Write the manifest, last, and show the closing table. Main process only.
 
@@ -238,6 +244,7 @@ class Session:
             golden: what a child recomputes after loading.
             where: {"dtype", "device"}.
             summary: the rows of the closing table.
+            warnings: what was noticed on the way, for those who look later.
         """
         if self._run is None:
             return
@@ -265,6 +272,7 @@ class Session:
             phases=self.phases,
             model_is=self._keeper.model_is if self._keeper is not None else "last",
             stopped=self.stopped,
+            warnings=warnings,
         )
         cost = f"{total:.0f} s, peak memory {peak_memory_gb():.2f} GB"
         title = f"{self.cfg.stage}/{self.cfg.run_name}"

@@ -15,23 +15,37 @@ from rlhf.session import open_session
 def main(cfg: config.PPOStage) -> None:
     functions = rewards.load_functions(cfg.reward)
     sft, rms = contract.ppo_parents(Registry(cfg.runs_dir), cfg)
+    second = contract.watcher(Registry(cfg.runs_dir), cfg, sft, rms)
     splits = data.load("ppo", cfg.data)
     shown = data.demonstrations(cfg, sft.manifest.config)
     gold = data.gold_function(cfg.data)
     rewards.rehearse(functions, splits["train"].rows[:1])
     used = splits | shown | rewards.as_data(functions)
-    with open_session(cfg, used, {"policy": sft} | contract.reward_roles(rms)) as session:
+    parents = {"policy": sft} | contract.reward_roles(rms, second)
+    with open_session(cfg, used, parents) as session:
         if session.finished:
             return
-        from rlhf import engine, evaluate, golden, models, monitor, ppo, proofs, ptx, rollout, text
-        from rlhf.roles import load_all
+        from rlhf import (
+            engine,
+            evaluate,
+            golden,
+            models,
+            monitor,
+            overoptimisation,
+            ppo,
+            proofs,
+            ptx,
+            rollout,
+            text,
+        )
+        from rlhf.roles import load_all, load_watcher
 
         with session.phase("load"):
             engine.start(cfg.seed)
             for note in guards.check_device(cfg):
                 session.note(note)
             engine.rehearse(cfg.engine)
-            renderer, readers = text.renderers(sft, rms, cfg.template)
+            renderer, readers = text.renderers(sft, [*rms, *second], cfg.template)
             prompts = {name: renderer.prompts(split, cfg.data) for name, split in splits.items()}
             train = splits["train"].rows
             session.note(proofs.same_text(renderer, readers, train))
@@ -42,13 +56,15 @@ def main(cfg: config.PPOStage) -> None:
             demonstrations = ptx.load(shown, renderer, cfg)
             roles, reward_models = load_all(sft, rms, renderer.tokenizer, cfg)
             reward = rewards.Rewards(cfg.reward, functions, reward_models)
-            held_out = evaluate.HeldOut(splits["validation"].rows, renderer, cfg, gold, reward)
+            seconds = load_watcher(second, renderer.tokenizer, cfg.engine)
+            rows = splits["validation"].rows
+            held_out = evaluate.HeldOut(rows, renderer, cfg, gold, reward, *seconds.values())
             each = cfg.sampling.per_prompt or 1
             policy, critic = ppo.engines(
                 roles.policy, roles.critic, cfg.ppo, cfg.engine, cfg.method
             )
         session.opening(splits | shown, *models.count_parameters(roles.policy))
-        session.note(golden.check_roles(roles, reward_models, sft, rms))
+        session.note(golden.check_roles(roles, reward_models | seconds, sft, [*rms, *second]))
 
         keeper = session.keeper(cfg.ppo.steps, cfg.ppo.save_every)
         if keeper.folder is not None:
@@ -56,8 +72,10 @@ def main(cfg: config.PPOStage) -> None:
         price = ppo.kl_controller(cfg.ppo)
         price.load(keeper.state.get("price", price.state()))
         watch = monitor.Monitor(cfg, session.path, renderer, keeper.state.get("watch"))
+        course = overoptimisation.Course.of(held_out.measure, keeper.state.get("course"))
         with session.tracker(keeper) as tracker:
             before = held_out.answers(roles.reference, roles)
+            held_out.follow(course, before, step=0)
             standard = ppo.standard_scores(before.scores, cfg.ppo)
             watching = watch.explaining(roles.policy)
             with session.phase("train"), keeper.working(), watching:
@@ -86,11 +104,16 @@ def main(cfg: config.PPOStage) -> None:
                         session.note(frozen.prove())
                     watch.check(stats, step=step)
                     if keeper.at(step, cfg.ppo.eval_every):
-                        now = held_out.compare(before, held_out.answers(roles.policy, roles))
+                        answers = held_out.answers(roles.policy, roles)
+                        now = held_out.compare(before, answers)
                         keeper.consider(ppo.worth(now, cfg.ppo))
                         stats |= now
+                        for warning in held_out.follow(course, answers, step=step):
+                            session.note(warning)
+                        session.write(overoptimisation.FILE, course.text())
                     session.log(tracker, stats, step=step, tokens=ppo.tokens(batch))
-                    keeper.state |= {"stats": stats, "price": price.state(), "watch": watch.state}
+                    keeper.state |= {"stats": stats, "price": price.state()}
+                    keeper.state |= {"watch": watch.state, "course": course.state}
             if best := keeper.best_folder():
                 models.load_trained(roles.policy, best / "model")
             after = held_out.answers(roles.policy, roles)
@@ -116,6 +139,7 @@ def main(cfg: config.PPOStage) -> None:
             golden=facts,
             where=engine.where(cfg.engine),
             summary=evaluate.ppo_summary(metrics),
+            warnings=course.said(),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from rlhf import evaluate, models
 from rlhf.config import EvaluationConfig, RewardConfig, SamplingConfig
-from rlhf.evaluate import Answers, HeldOut, mean_of, win_rate
+from rlhf.evaluate import Answers, HeldOut
+from rlhf.overoptimisation import Course
 from rlhf.rewards import Rewards
+from rlhf.statistics import Mean, mean_of, win_rate
 from rlhf.text import Renderer
 
 PAD = 0
@@ -52,7 +55,7 @@ def test_mean_by_hand():
     half = 1.96 * math.sqrt(14 / 12)
     assert (found.value, found.low, found.high) == pytest.approx((3, 3 - half, 3 + half))
     assert str(mean_of([1.0, 1.0])) == "1.000 (95 % 1.000 to 1.000)"
-    assert mean_of([5.0]) == evaluate.Mean(5.0, 5.0, 5.0)
+    assert mean_of([5.0]) == Mean(5.0, 5.0, 5.0)
 
 
 def test_win_rate_by_hand():
@@ -139,14 +142,54 @@ def test_answers_carry_every_measure(renderer, roles, monkeypatch, tiny_model):
         assert found.texts[i] == renderer.decode(answer)
         assert found.ended[i] == (answer[-1] == renderer.eos_id)
         assert found.scores[i] == sum(prompt) + sum(answer)
-        total = 0.0
+        total = own = 0.0
         for model, sign in ((policy, 1), (roles.reference, -1)):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             taken = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])
             total += sign * float(taken.sum())
+            own = float(taken.sum()) if model is policy else own
         assert found.kl[i] == pytest.approx(total, abs=1e-4)
+        assert found.logprobs[i] == pytest.approx(own, abs=1e-4)
     assert max(map(abs, found.kl)) > 0.1
+
+
+def test_a_second_reward_model_watches_where_there_is_no_gold(renderer, roles, monkeypatch):
+    by_sum(monkeypatch)
+    alone = held_out(renderer)
+    assert alone.measure is None
+    assert alone.answers(roles.reference, roles).measure is None
+    seen = replace(alone, second=object())  # by_sum scores whatever the model is
+    assert seen.measure == "second reward model"
+    found = seen.answers(roles.reference, roles)
+    sums = [sum(p) + sum(a) for p, a in zip(found.prompt_ids, found.answer_ids, strict=True)]
+    assert found.second == found.measure == sums
+    told = seen.compare(found, found)
+    assert told["eval/second"] == told["eval/second_sft"] == pytest.approx(sum(sums) / 3)
+    with_gold = replace(seen, gold=made_up_gold)
+    assert with_gold.measure == "gold"
+    found = with_gold.answers(roles.reference, roles)
+    assert found.measure == found.gold
+    assert found.second == sums
+
+
+def test_what_is_watched_of_answers(renderer, roles, monkeypatch):
+    by_sum(monkeypatch)
+    ours = held_out(renderer, gold=made_up_gold)
+    found = ours.answers(roles.reference, roles)
+    now = found.at(7)
+    tokens = sum(map(len, found.answer_ids))
+    assert now.entropy == pytest.approx(-sum(found.logprobs) / tokens)
+    assert now.length == tokens / 3
+    assert (now.step, now.scores, now.measure) == (7, found.scores, found.gold)
+    course = Course(ours.measure)
+    for _ in range(2):  # a run that goes on has the SFT model's already
+        assert ours.follow(course, found, step=0) == []
+    assert len(course.points) == 1
+    longer = replace(found, answer_ids=[ids * 2 for ids in found.answer_ids])
+    said = ours.follow(course, longer, step=10)
+    assert any(text.startswith("warning: length: length is up 100%") for text in said)
+    assert held_out(renderer, prompts=0).follow(course, Answers([], [], [], []), step=20) == []
 
 
 def test_held_out_sampling_is_the_same_for_every_model_and_temperature(
@@ -169,7 +212,7 @@ def test_held_out_sampling_is_the_same_for_every_model_and_temperature(
 def answers(scores, gold, kl=(0.5, 1.5, 1.0)):
     return Answers(
         prompt_ids=[[1]] * 3,
-        answer_ids=[[2]] * 3,
+        answer_ids=[[2, 3, 2, 3], [2, 3], [4]],  # bigrams: 23 32 23, 23, none
         texts=[f"text {score}" for score in scores],
         ended=[True, False, True],
         gold=gold,
@@ -189,6 +232,10 @@ def test_compare_by_hand(renderer):
         "eval/score_ci_high": score.high,
         "eval/score_sft": 2,
         "eval/kl": 1,
+        "eval/length": 7 / 3,
+        "eval/eos_rate": 2 / 3,
+        "eval/distinct": 2 / 4,
+        "eval/repetition": (1 / 3 + 0) / 2,
     }
     assert found == pytest.approx(
         scores

@@ -1,4 +1,4 @@
-"""The classic bugs of PPO for language models, planted one at a time: named tests must fail.
+"""Classic bugs of PPO and of fine-tuning methods, planted one at a time: named tests must fail.
 
 A test that has never failed proves little. Each row of PLANTED is a bug as somebody would write
 it, and the tests that notice. The slow test plants it in a copy of the repository and runs them.
@@ -216,6 +216,107 @@ PLANTED = (
             "test_ppo.py::test_first_update_is_on_policy",
             "test_peer_bugs.py::test_the_kl_starts_at_zero_and_then_is_positive[temperature 0.7]",
         ),
+    ),
+    # Fine-tuning methods
+    Planted(
+        bug="embeddings of a prompt push the text's positions by what padding says",
+        file="rlhf/methods/soft.py",
+        old='            kwargs["position_ids"] = positions + self.tokens\n',
+        new='            kwargs.pop("position_ids", None)\n',
+        caught_by=(
+            "test_soft.py::test_padding_changes_nothing[positions-left-eager-llama-prompt_tuning]",
+            "test_soft.py::test_response_logits_are_those_of_the_unpadded_row[llama-p_tuning_lstm]",
+            "test_soft.py::test_scores_are_those_of_the_unpadded_row[left-llama-prompt_tuning]",
+        ),
+    ),
+    Planted(
+        bug="a prefix without position ids",
+        file="rlhf/methods/soft.py",
+        old='            kwargs["position_ids"] = positions\n',
+        new='            kwargs.pop("position_ids", None)\n',
+        caught_by=(
+            "test_soft.py::test_padding_changes_nothing[positions-left-eager-llama-prefix_tuning]",
+            "test_soft.py::test_response_logits_are_those_of_the_unpadded_row[llama-p_tuning_v2]",
+            "test_soft.py::test_scores_are_those_of_the_unpadded_row[left-llama-prefix_tuning]",
+        ),
+    ),
+    Planted(
+        bug="a checkpoint of p_tuning without the network that makes the prompt",
+        file="rlhf/methods/soft.py",
+        old='if name.startswith("prompt_encoder.") or',
+        new='if name.endswith("embedding.weight") or',
+        caught_by=(
+            "test_soft.py::test_a_resumed_run_is_an_unbroken_one_to_the_bit[causal-p_tuning_lstm]",
+            "test_soft.py::test_a_resumed_run_is_an_unbroken_one_to_the_bit[causal-p_tuning_mlp]",
+        ),
+    ),
+    Planted(
+        bug="AdaLoRA without the term that keeps singular vectors orthogonal",
+        file="rlhf/methods/courses.py",
+        old="return self._coefficient * torch.stack(norms).mean()",
+        new="return 0 * torch.stack(norms).mean()",
+        caught_by=(
+            "test_courses.py::test_adalora_is_the_loop_of_peft",
+            "test_courses.py::test_the_penalty_is_part_of_the_training_loss_alone",
+        ),
+    ),
+    Planted(
+        bug="a PiSSA adapter on the base as it came, of which PiSSA took a part",
+        file="rlhf/methods/lora.py",
+        old='if (start := getattr(model, "pissa_start", None)) is not None and adapter == ADAPTER:',
+        new="if (start := None) is not None:",
+        caught_by=(
+            "test_lora_family.py::test_a_saved_adapter_is_the_same_on_a_fresh_base[causal-pissa]",
+            "test_lora_family.py::test_a_pissa_file_is_an_ordinary_lora_of_twice_the_rank",
+        ),
+    ),
+    Planted(
+        bug="ReLoRA goes on training what it has merged",
+        file="rlhf/methods/courses.py",
+        old="        out.narrow(*at).copy_(grad.narrow(*at))\n        return out",
+        new="        out.narrow(*at).copy_(grad.narrow(*at))\n        return grad",
+        caught_by=(
+            "test_courses.py::test_phases_are_merging_and_starting_anew",
+            "test_courses.py::test_a_finished_block_stays_bit_for_bit",
+        ),
+    ),
+    Planted(
+        bug="ReLoRA restarts without resetting the optimizer",
+        file="rlhf/methods/courses.py",
+        old="                        value.zero_()",
+        new="                        pass",
+        caught_by=(
+            "test_courses.py::test_phases_are_merging_and_starting_anew",
+            "test_courses.py::test_a_finished_block_stays_bit_for_bit",
+        ),
+    ),
+    Planted(
+        bug="LoRA-drop's plan is not saved, and a reload shares nothing",
+        file="rlhf/methods/lora_drop.py",
+        old='(folder / FILE).write_text(json.dumps(chosen, indent=1) + "\\n", encoding="utf-8")',
+        new="pass",
+        caught_by=("test_lora_drop.py::test_files_hold_a_copy_for_each_layer_and_the_plan",),
+    ),
+    Planted(
+        bug="LoRA-drop's layers share one matrix of two",
+        file="rlhf/methods/lora_drop.py",
+        old="            layers[name].lora_B[ADAPTER] = layers[names[0]].lora_B[ADAPTER]",
+        new="            pass",
+        caught_by=("test_lora_drop.py::test_shared_weights_train_as_in_plain_torch",),
+    ),
+    Planted(
+        bug="BitFit on a model without biases trains nothing",
+        file="rlhf/methods/weights.py",
+        old="    if not biases:\n",
+        new="    if False:\n",
+        caught_by=("test_weights.py::test_bitfit_without_biases_is_refused_with_the_way_out",),
+    ),
+    Planted(
+        bug="biases that were added are dropped when the model is loaded",
+        file="rlhf/methods/weights.py",
+        old="        setattr(model.config, name, True)",
+        new="        pass",
+        caught_by=("test_weights.py::test_added_biases_are_zero_and_a_plain_load_keeps_them",),
     ),
 )
 NAMED = sorted({name for row in PLANTED for name in row.caught_by})

@@ -245,7 +245,7 @@ def test_a_reward_model_may_start_from_a_checkpoint(diverged, monkeypatch, capfd
 
 def test_ppo_publishes_the_best_within_the_kl_budget(unbroken, monkeypatch):
     every = "ppo.eval_every=1"
-    assert run(monkeypatch, unbroken, "ppo", "run_name=free", every) == 0
+    assert run(monkeypatch, unbroken, "ppo", "run_name=free", every, "data.gold=null") == 0
     lines = numbers(unbroken, "ppo", "free")
     best = max(lines, key=lambda line: line["eval/score"])
     manifest = Registry(unbroken).resolve("ppo/free").manifest
@@ -257,7 +257,7 @@ def test_ppo_publishes_the_best_within_the_kl_budget(unbroken, monkeypatch):
     expected = max(allowed, key=lambda line: line["eval/score"]) if allowed else lines[-1]
     overrides = ["run_name=budget", every, f"ppo.kl_budget={budget}"]
     assert budget > 0, "pick another seed"
-    overrides.append("stop.patience=9")  # it is not to stop
+    overrides += ["stop.patience=9", "data.gold=null"]  # it is not to stop
     assert run(monkeypatch, unbroken, "ppo", *overrides) == 0
     manifest = Registry(unbroken).resolve("ppo/budget").manifest
     assert manifest.model_is == ("best" if allowed else "last")
@@ -284,8 +284,8 @@ def test_a_stopped_run_publishes_its_best_and_says_why(unbroken, monkeypatch, ca
     assert "ratio explosion" in (manifest.stopped or "")
     lines = numbers(unbroken, "ppo", "halted")
     assert [line["step"] for line in lines] == [1, 2]
-    best = max(lines, key=lambda line: line["eval/score"])
-    assert manifest.metrics["eval/score"] == pytest.approx(best["eval/score"], abs=1e-4)
+    best = max(lines, key=lambda line: line["eval/gold"])
+    assert manifest.metrics["eval/gold"] == pytest.approx(best["eval/gold"], abs=1e-4)
     dump = unbroken / "ppo/halted/stopped/step-000003"
     assert {path.name for path in dump.iterdir()} == {"why.txt", "batch.jsonl", "steps.jsonl"}
 

@@ -311,3 +311,40 @@ def test_the_rows_are_shared_as_the_answers_are(monkeypatch, each):
 def test_a_stage_made_by_hand_scores_by_the_reward_model_of_rm_from():
     cfg = PPOStage(run_name="t", rm_from="rm/a")
     assert (cfg.reward.models, cfg.reward.function) == ({"rm": ["rm/a"]}, None)
+
+
+# ---------------------------------------------------------------- a reward model that only watches
+
+
+def test_a_second_reward_model_watches_and_chooses_the_best(pair, monkeypatch):
+    watched = ["evaluation.second_rm=rm/other", "data.gold=null", "ppo.eval_every=1"]
+    many = [*SMALL, *watched, "ppo.steps=4", "ppo.learning_rate=1e-2", "keep_checkpoints=9"]
+    assert run_stage(monkeypatch, "ppo", f"runs_dir={pair}", "run_name=watched", *many) == 0
+    run = Registry(pair).resolve("ppo/watched")
+    roles = {parent.role: parent.reference for parent in run.manifest.parents}
+    assert roles["watching_reward_model"] == "rm/other"
+    seen = [line for line in lines(run.path, "metrics.jsonl") if "eval/second" in line]
+    assert [line["step"] for line in seen] == [1, 2, 3, 4]
+    best = max(seen, key=lambda line: line["eval/second"])
+    assert run.manifest.metrics["eval/second"] == pytest.approx(best["eval/second"], abs=1e-4)
+    course = json.loads((run.path / "overoptimisation.json").read_text())
+    assert course["measure"] == "second reward model"
+    assert [point["step"] for point in course["points"]] == [0, 1, 2, 3, 4]
+    for point, line in zip(course["points"][1:], seen, strict=True):
+        for ours, theirs in (("gold", "second"), ("score", "score"), ("kl", "kl")):
+            assert point[ours] == line[f"eval/{theirs}"]
+    # The published model answers, and plain transformers says what the second one makes of it.
+    answers = lines(run.path, "samples.jsonl")
+    assert len(answers) == 3
+    assert Registry(pair).verify("ppo/watched") == []
+
+
+def test_the_reward_model_at_work_cannot_watch_itself(pair, monkeypatch, capfd):
+    given = [f"runs_dir={pair}", "run_name=blind", "evaluation.second_rm=rm/tiny"]
+    assert run_stage(monkeypatch, "ppo", *SMALL, *given) == 2
+    said = capfd.readouterr().err
+    assert "evaluation.second_rm=rm/tiny: PPO optimises this reward model" in said
+    missing = [f"runs_dir={pair}", "run_name=blind", "evaluation.second_rm=rm/nowhere"]
+    assert run_stage(monkeypatch, "ppo", *SMALL, *missing) == 2
+    assert "evaluation.second_rm=rm/nowhere" in capfd.readouterr().err
+    assert not (pair / "ppo" / "blind").exists()
