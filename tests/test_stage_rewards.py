@@ -346,5 +346,5 @@ def test_the_reward_model_at_work_cannot_watch_itself(pair, monkeypatch, capfd):
     assert "evaluation.second_rm=rm/tiny: PPO optimises this reward model" in said
     missing = [f"runs_dir={pair}", "run_name=blind", "evaluation.second_rm=rm/nowhere"]
     assert run_stage(monkeypatch, "ppo", *SMALL, *missing) == 2
-    assert "evaluation.second_rm=rm/nowhere" in capfd.readouterr().err
+    assert "refused: rm/nowhere: " in capfd.readouterr().err
     assert not (pair / "ppo" / "blind").exists()
