@@ -36,6 +36,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")
 STEP = re.compile(r"step-([0-9]{1,12})")
 
+OPTIONAL = {"optional": True}  # a field that manifests may lack, and that is left out where empty
+
 M = TypeVar("M")
 
 # ---------------------------------------------------------------- what is recorded
@@ -162,7 +164,7 @@ class Manifest:
     model_is: str  # what model/ holds: "best" or "last"
     stopped: str | None  # why a run-time guard ended it early; None: it ran to its end
     files: dict[str, FileFacts]
-    warnings: list[str] = field(default_factory=list)  # what was noticed on the way
+    warnings: list[str] = field(default_factory=list, metadata=OPTIONAL)  # noticed on the way
     self_digest: str = ""
 
     @property
@@ -238,6 +240,9 @@ def library_versions() -> dict[str, str]:
 def seal(manifest: Manifest | CheckpointManifest) -> str:
     """The text of a manifest; `self_digest` is the sha256 of that text with the digest left out."""
     fields = plain(manifest) | {"self_digest": ""}
+    for name in _optional(type(manifest)):  # type: ignore[arg-type]
+        if not fields[name]:
+            del fields[name]
     text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
     return json.dumps(fields | {"self_digest": digest}, indent=1, allow_nan=False) + "\n"
@@ -353,19 +358,25 @@ def _read_dataclass(kind: Any, readers: dict[str, Callable[[Any], Any]], value: 
         raise _Unfit(f"expected an object, found {value!r}.")
     if value.keys() != readers.keys():
         for name in readers:
-            if name not in value:
+            if name not in value and name not in _optional(kind):
                 raise _Unfit("missing.", f".{name}")
-        name = next(name for name in value if name not in readers)
-        raise _Unfit(f"no such field in schema {SCHEMA}.", f".{name}")
+        for name in (name for name in value if name not in readers):
+            raise _Unfit(f"no such field in schema {SCHEMA}.", f".{name}")
     out = {}
     name = ""
     try:
         for name, read in readers.items():
-            out[name] = read(value[name])
+            if name in value:
+                out[name] = read(value[name])
     except _Unfit as unfit:
         unfit.place.append(f".{name}")
         raise
     return kind(**out)
+
+
+@functools.cache
+def _optional(kind: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind) if f.metadata.get("optional"))
 
 
 def _field_readers(kind: Any) -> dict[str, Callable[[Any], Any]]:

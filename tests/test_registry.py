@@ -1084,7 +1084,18 @@ def fields_of(kind: Any) -> list[str]:
     return [name for name in kind.__dataclass_fields__ if name not in ("schema", "self_digest")]
 
 
-@pytest.mark.parametrize("name", fields_of(manifests.Manifest))
+def test_a_manifest_of_before_a_field_was_added_is_read(registry: Registry):
+    made = published(registry)
+    forge(made, lambda fields: fields.pop("warnings", None))
+    assert registry.resolve("sft/tiny").manifest.warnings == []
+    forge(made, lambda fields: fields.update(warnings=["length: up"]))
+    assert registry.resolve("sft/tiny").manifest.warnings == ["length: up"]
+    forge(made, lambda fields: fields.update(warnings="length"))
+    with pytest.raises(RegistryError, match=r"warnings: expected list, found 'length'"):
+        registry.resolve("sft/tiny")
+
+
+@pytest.mark.parametrize("name", [n for n in fields_of(manifests.Manifest) if n != "warnings"])
 def test_every_missing_or_wrongly_typed_field_is_named(registry: Registry, name: str):
     made = published(registry)
     sound = (made.path / "manifest.json").read_bytes()
