@@ -11,6 +11,7 @@ calls, and what looks on (held-out evaluation, checkpoints, this script) is off 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import importlib.util
 import itertools
@@ -24,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ class Clock:
     def seconds(self) -> float:
         return time.process_time() - self._start - self._off
 
-    @contextmanager
+    @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Time in here does not count."""
         before = time.process_time()
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     gold = gold_of(args.anchor)
     clock = Clock()
     live: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, open(args.out, "w", encoding="utf-8") as out:
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open(args.out, "w", encoding="utf-8"))
+        folder = args.keep or stack.enter_context(tempfile.TemporaryDirectory())
 
         def write(row: dict[str, Any]) -> None:
             out.write(json.dumps(rounded(row)) + "\n")
@@ -166,7 +168,7 @@ def stage(args: argparse.Namespace, folder: Path, overrides: list[str]) -> int:
         adopt(registry, anchor / args.rm, stage="rm", run_name="anchor", template="plain")
         overrides = [*overrides, "allow_foreign_rm=true"]
     data = folder / "data"
-    data.mkdir()
+    data.mkdir(exist_ok=True)
     shutil.copyfile(anchor / "prompts_train.jsonl", data / "train.jsonl")
     shutil.copyfile(anchor / "prompts_val.jsonl", data / "validation.jsonl")
     wrapped = "\n\ndef scores(prompts, responses, rows):\n    return [gold(r) for r in responses]\n"
@@ -557,6 +559,7 @@ def main() -> int:
     one.add_argument("--lr", type=float, default=1e-4)
     one.add_argument("--updates", type=int, default=80)
     one.add_argument("--rm", default="rm", choices=("rm", "rm_polarity"))
+    one.add_argument("--keep", metavar="FOLDER", help="runs and data stay there, for `rlhf report`")
     two = commands.add_parser("compare", help="lay curves over each other, by learning rate")
     two.add_argument("--ours", nargs="+", required=True)
     two.add_argument("--trl", nargs="+", required=True)
