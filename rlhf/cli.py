@@ -97,6 +97,8 @@ def show(
     runs_dir: RunsDir = None,
 ) -> None:
     """Show what a finished run recorded about itself."""
+    from rlhf import card
+
     run = _registry(runs_dir).resolve(reference)
     made = run.manifest
     facts = [*_facts(made).items(), ("folder", str(run.path)), ("manifest sha256", run.digest)]
@@ -104,6 +106,9 @@ def show(
     if made.metrics:
         print()
         _print_table(("metric", "value"), [(n, _number(v)) for n, v in made.metrics.items()])
+    if measured := card.read(run.path):
+        print()
+        _print_table(("report card", "pairs", "value", "95 %"), card.table(measured))
     if made.data:
         rows = []
         for part in made.data:
@@ -556,6 +561,11 @@ def _facts(made: Manifest) -> dict[str, str]:
         "method": _method_text(made),
         "model/ holds": made.model_is,
         **({"stopped by a guard": made.stopped} if made.stopped else {}),
+        **(
+            {"report card": "\n- ".join([card.verdict, *card.reasons])}
+            if (card := made.card)
+            else {}
+        ),
         "golden": " ".join(f"{key}={value}" for key, value in made.golden.items()) or "none",
         "environment": (
             f"seed {environment.seed}, {environment.world_size} x {environment.device}, "

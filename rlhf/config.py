@@ -460,6 +460,31 @@ class EvaluationConfig:
 
 
 @dataclass
+class CardConfig:
+    """The report card of a reward model, measured on held-out pairs when it has been trained."""
+
+    enabled: bool = True
+    probe_pairs: int = 200  # pairs, spread over the split, that each probe is made of; 0: no probes
+    bins: int = 10  # of the calibration curve
+    flattery: str = "You are so kind and clever. What a wonderful question! Thank you so much!"
+    # other reward models of the same SFT run, such as other seeds, to compare preferences with
+    agree_with: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        between("card.probe_pairs", self.probe_pairs, 0, math.inf, "0 switches the probes off.")
+        above("card.bins", self.bins, 0, "10 is usual.")
+        if not self.flattery.strip():
+            raise ConfigError(
+                f"card.flattery={self.flattery!r}: a probe adds this sentence to good answers. "
+                "Give one in the language of the data, or leave it out."
+            )
+        if len(set(self.agree_with)) < len(self.agree_with):
+            raise ConfigError(
+                f"card.agree_with=[{','.join(self.agree_with)}]: names a run twice. Name each once."
+            )
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases. metrics.jsonl and the console get the same numbers whatever the mode."""
 
@@ -524,6 +549,7 @@ class RMStage(StageConfig):
     policy_from: str = "sft/${run}"
     center_coef: float = 0.0  # pulls scores towards 0 (Eisenstein et al. 2023); 0: off
     train: TrainConfig = field(default_factory=TrainConfig)
+    card: CardConfig = field(default_factory=CardConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf import parts
-from rlhf.config import EngineConfig, PPOStage, TrainConfig
+from rlhf.config import EngineConfig, PPOStage, RMStage, TrainConfig
 from rlhf.data import Split
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.methods.settings import MethodConfig
@@ -19,6 +19,7 @@ PLAYED_BY = {  # stages that may stand there
     "policy_from": ("sft", "ppo"),
     "rm_from": ("rm",),
     "evaluation.second_rm": ("rm",),
+    "card.agree_with": ("rm",),
 }
 
 
@@ -91,6 +92,71 @@ def watcher(
         )
     check_pair(sft, second, cfg)
     return [second]
+
+
+def siblings(registry: Registry, sft: Published, cfg: RMStage) -> list[Published]:
+    """The reward models of `card.agree_with`: trained from the same SFT run, so that they read the
+    same text.
+
+    Raises:
+        ConfigError: one of another SFT run, or the very run that is being made.
+        RegistryError: missing, unfinished or damaged.
+    """
+    found = []
+    for name in cfg.card.agree_with if cfg.card.enabled else ():
+        run = parent(registry, "card.agree_with", name)
+        if run.stage == cfg.stage and run.run_name == cfg.run_name:
+            raise ConfigError(
+                f"card.agree_with: {name} is the run that is being made. Name other ones, such as "
+                "those of other seeds."
+            )
+        if not _comes_from(run, sft):
+            raise ConfigError(
+                f"card.agree_with: {name} was not trained from {sft.reference} as it is now, so "
+                "the two may not read the same text. Name reward models of that SFT run."
+            )
+        found.append(run)
+    return found
+
+
+def sibling_notes(registry: Registry, sft: Published, cfg: RMStage) -> list[str]:
+    """A hint where other reward models of this SFT run could be compared with, and are not."""
+    if not cfg.card.enabled or cfg.card.agree_with:
+        return []
+    there = [
+        run.reference
+        for run in registry.runs("rm")
+        if run.manifest
+        and run.run_name != cfg.run_name
+        and sft.digest in (parent.digest for parent in run.manifest.parents)
+    ]
+    if not there:
+        return []
+    return [
+        f"trained from {sft.reference} too: {', '.join(there)}. "
+        f"card.agree_with=[{','.join(there)}] would measure how often they prefer the same answers."
+    ]
+
+
+def _comes_from(reward_model: Published, sft: Published) -> bool:
+    parents = reward_model.manifest.parents
+    return [parent.digest for parent in parents if parent.role == "policy"] == [sft.digest]
+
+
+def card_notes(rms: Sequence[Published]) -> list[str]:
+    """What PPO says first: the verdict on each reward model's report card, and its reasons."""
+    return [_card_note(rm) for rm in rms]
+
+
+def _card_note(rm: Published) -> str:
+    card = rm.manifest.card
+    if card is None:
+        return f"reward model {rm.reference}: it has no report card, so what it goes by is unknown"
+    of = f" (card of {rm.stage}/{rm.run_name})" if rm.is_checkpoint else ""
+    said = f"reward model {rm.reference}{of}: {card.verdict.upper()}"
+    if card.verdict == "no-go":
+        said += ": PPO will climb a score that does not show which answer people prefer"
+    return "\n  - ".join([said, *card.reasons])
 
 
 def check_method(parent: Published, method: MethodConfig) -> None:
@@ -173,8 +239,7 @@ def why_apart(
 
 def is_adapter_on(sft: Published, rm: Published) -> bool:
     """Whether the reward model was trained as a LoRA adapter on this very SFT model."""
-    trained_on = [parent.digest for parent in rm.manifest.parents if parent.role == "policy"]
-    return trained_on == [sft.digest] and METHODS[rm.manifest.method.name].shares
+    return _comes_from(rm, sft) and METHODS[rm.manifest.method.name].shares
 
 
 def check_pair(policy: Published, reward_model: Published, cfg: PPOStage) -> None:
@@ -259,10 +324,15 @@ def check_positions(run: Published, longest: int, lower: str) -> None:
     Raises:
         ConfigError: they do not fit.
     """
+    refuse_beyond(positions(run), longest, run.reference, lower)
+
+
+def positions(run: Published) -> int | None:
+    """How many positions a run's model has; None where its config does not say."""
     folder = run.tokenizer_dir if run.is_checkpoint else run.model_dir
     folder = folder / parts.BASE if (folder / parts.BASE).is_dir() else folder
     most = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
-    refuse_beyond(most, longest, run.reference, lower)
+    return most if isinstance(most, int) else None
 
 
 def check_rows(cfg: TrainConfig, train: Split) -> None:

@@ -6,7 +6,6 @@ the same noise keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +16,11 @@ from torch import nn
 from rlhf import engine, models, overoptimisation
 from rlhf.config import SamplingConfig, StageConfig
 from rlhf.data import Gold
+from rlhf.intervals import mean_of, share, win_rate, wins
 from rlhf.losses import logprobs_of
 from rlhf.rewards import Rewards, last_turn
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, pad_left, sample
-from rlhf.statistics import mean_of, win_rate
 from rlhf.text import Renderer
 
 
@@ -67,7 +66,7 @@ class Answers:
             eos_rate=mean_of([float(ended) for ended in self.ended]).value,
             distinct=overoptimisation.distinct(self.answer_ids),
             repetition=overoptimisation.repetition(self.answer_ids),
-            entropy=-math.fsum(self.logprobs) / tokens if tokens else 0.0,
+            entropy=-sum(self.logprobs) / tokens if tokens else 0.0,
         )
 
 
@@ -193,18 +192,29 @@ def ceiling(
     }
 
 
-def pairs(
+def pair_scores(
     reward_model: nn.Module, rows: list[dict[str, list[int]]], pad_id: int, *, batch_size: int
+) -> tuple[list[float], list[float]]:
+    """The scores of the chosen and of the rejected answers, in order."""
+    chosen = score_all(reward_model, [row["chosen_ids"] for row in rows], pad_id, batch_size)
+    rejected = score_all(reward_model, [row["rejected_ids"] for row in rows], pad_id, batch_size)
+    return chosen, rejected
+
+
+def pairs(
+    rows: list[dict[str, list[int]]], chosen: list[float], rejected: list[float]
 ) -> dict[str, float]:
     """How often the reward model prefers the chosen answer of held-out pairs; a tie counts half.
+
+    Args:
+        rows: as `Renderer.pairs` gives them.
+        chosen, rejected: their scores.
 
     Returns:
         eval/accuracy with its 95 % interval, eval/margin, and eval/accuracy_longer: what
         "the longer answer wins" would get.
     """
-    chosen = score_all(reward_model, [row["chosen_ids"] for row in rows], pad_id, batch_size)
-    rejected = score_all(reward_model, [row["rejected_ids"] for row in rows], pad_id, batch_size)
-    accuracy = win_rate(chosen, rejected)
+    accuracy = share(wins(chosen, rejected))
     longer = win_rate(
         [len(row["chosen_ids"]) for row in rows], [len(row["rejected_ids"]) for row in rows]
     )

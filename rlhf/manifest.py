@@ -30,12 +30,14 @@ from rlhf.errors import RegistryError
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
-TOP_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl")  # immutable, beside all of model/
+CARD = "card.json"  # of a reward model; see card.py
+TOP_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", CARD)  # immutable, beside model/
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")
 STEP = re.compile(r"step-([0-9]{1,12})")
 
+VERDICTS = ("go", "caution", "no-go")
 OPTIONAL = {"optional": True}  # a field that manifests may lack, and that is left out where empty
 
 M = TypeVar("M")
@@ -132,6 +134,14 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class CardFacts:
+    """What the report card of a reward model comes to: one of VERDICTS, and why."""
+
+    verdict: str
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """Size in bytes, and sha256 of the content."""
 
@@ -165,6 +175,7 @@ class Manifest:
     stopped: str | None  # why a run-time guard ended it early; None: it ran to its end
     files: dict[str, FileFacts]
     warnings: list[str] = field(default_factory=list, metadata=OPTIONAL)  # noticed on the way
+    card: CardFacts | None = field(default=None, metadata=OPTIONAL)  # of a reward model
     self_digest: str = ""
 
     @property
@@ -270,6 +281,9 @@ def unseal(kind: type[M], text: bytes, where: str) -> M:
     if isinstance(manifest, Manifest) and manifest.model_is not in ("best", "last"):
         found = repr(manifest.model_is)
         raise RegistryError(f"{where}: model_is: expected best or last, found {found}.")
+    if isinstance(manifest, Manifest) and manifest.card and manifest.card.verdict not in VERDICTS:
+        found = repr(manifest.card.verdict)
+        raise RegistryError(f"{where}: card.verdict: expected go, caution or no-go, found {found}.")
     digest = fields["self_digest"]
     if not digest or hashlib.sha256(text.replace(digest.encode(), b"", 1)).hexdigest() != digest:
         raise RegistryError(f"{where}: self_digest: the file was changed after it was written.")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rlhf.statistics import Mean, mean_of
+from rlhf.intervals import Mean, mean_of
 
 FILE = "overoptimisation.json"
 SCHEMA = 1

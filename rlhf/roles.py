@@ -108,7 +108,7 @@ def load_roles(
             freeze(load_parent(load_causal, sft, tokenizer, dtype)).to(device), engine_cfg
         ),
         critic=None if critic is None else critic.to(device),
-        reward_model=None if rm is None else _frozen(rm, tokenizer, engine_cfg),
+        reward_model=None if rm is None else load_reward_model(rm, tokenizer, engine_cfg),
     )
 
 
@@ -119,7 +119,7 @@ def load_reward_models(
     engine_cfg: EngineConfig,
 ) -> dict[str, nn.Module]:
     """reference -> reward model: the first as it is in `roles`, the others each on its own."""
-    own = {rm.reference: _frozen(rm, tokenizer, engine_cfg) for rm in rms[1:]}
+    own = {rm.reference: load_reward_model(rm, tokenizer, engine_cfg) for rm in rms[1:]}
     first = {} if roles.reward_model is None else {rms[0].reference: roles.reward_model}
     return first | own
 
@@ -128,12 +128,13 @@ def load_watcher(
     second: Sequence[Published], tokenizer: PreTrainedTokenizerBase, engine_cfg: EngineConfig
 ) -> dict[str, nn.Module]:
     """reference -> the reward model that only watches, where there is one."""
-    return {rm.reference: _frozen(rm, tokenizer, engine_cfg) for rm in second}
+    return {rm.reference: load_reward_model(rm, tokenizer, engine_cfg) for rm in second}
 
 
-def _frozen(
+def load_reward_model(
     rm: Published, tokenizer: PreTrainedTokenizerBase, engine_cfg: EngineConfig
 ) -> nn.Module:
+    """A reward model on its own, frozen; split over the processes under ZeRO-3."""
     model = load_parent(load_scalar, rm, tokenizer, engine.dtype(engine_cfg))
     return engine.serve(freeze(model).to(engine.device()), engine_cfg)
 

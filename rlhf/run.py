@@ -27,6 +27,7 @@ from rlhf.manifest import (
     MANIFEST,
     SCHEMA,
     BaseModel,
+    CardFacts,
     Checkpoint,
     CheckpointManifest,
     DataFacts,
@@ -318,6 +319,7 @@ class Run:
         model_is: str = "last",
         stopped: str | None = None,
         warnings: Sequence[str] = (),
+        card: CardFacts | None = None,
     ) -> Manifest:
         """Finish the run: hash every immutable file, then write manifest.json, last and atomically.
 
@@ -331,6 +333,7 @@ class Run:
             model_is: "best" or "last", what model/ holds.
             stopped: why a run-time guard ended it early, where one did.
             warnings: what was noticed on the way.
+            card: the verdict on a reward model, whose measures are in card.json.
 
         Raises:
             RegistryError: a fact is missing, a file may not be published, or the disk refuses.
@@ -367,6 +370,7 @@ class Run:
                 stopped=stopped,
                 files=files,
                 warnings=list(warnings),
+                card=card,
             )
             text = seal(manifest)
             unseal(Manifest, text.encode(), str(self.path / MANIFEST))  # our own rules hold

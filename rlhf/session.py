@@ -29,6 +29,7 @@ from rlhf.run import Run, open_run
 from rlhf.tracking import METRICS, Tracker
 
 if TYPE_CHECKING:
+    from rlhf.card import Card
     from rlhf.keeper import Keeper
 
 
@@ -50,6 +51,7 @@ class Session:
         self._started = {"total": time.perf_counter()}  # of what is at work
         self._before: dict[str, float] = {}  # seconds spent before this run was resumed
         self._keeper: Keeper | None = None
+        self._card: Card | None = None
         self._run = run
         self._times: dict[str, float] = {}
         self._state = run.state if run is not None else "new"
@@ -222,6 +224,12 @@ class Session:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         (self.path / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+    def keep_card(self, card: Card | None) -> None:
+        """Write card.json; its verdict will stand in the manifest. None: there is none."""
+        self._card = card
+        if self._run is not None and card is not None:
+            card.write(self.path)
+
     def publish(
         self,
         *,
@@ -273,6 +281,7 @@ class Session:
             model_is=self._keeper.model_is if self._keeper is not None else "last",
             stopped=self.stopped,
             warnings=warnings,
+            card=self._card.facts if self._card is not None else None,
         )
         cost = f"{total:.0f} s, peak memory {peak_memory_gb():.2f} GB"
         title = f"{self.cfg.stage}/{self.cfg.run_name}"

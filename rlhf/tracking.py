@@ -69,6 +69,7 @@ METRICS: dict[str, Metric] = {
         ("eval/accuracy_longer", "fraction", NEITHER, "what 'the longer one wins' would get"),
         ("eval/margin", "score", HIGH, "RM: mean chosen - rejected score, held-out pairs"),
         ("eval/ece", "fraction", LOW, "RM: calibration error of sigmoid(margin), held out"),
+        ("eval/brier", "1", LOW, "RM: mean of (1 - sigmoid(margin))^2, held out; 0.25: no idea"),
         ("objective/kl", "nats", LOW, "mean over responses of a response's KL to the reference"),
         ("objective/kl_max", "nats", LOW, "largest |log policy - log reference| of a token"),
         ("objective/kl_coef", "score/nat", NEITHER, "weight of the KL penalty in the reward"),

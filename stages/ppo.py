@@ -25,6 +25,8 @@ def main(cfg: config.PPOStage) -> None:
     with open_session(cfg, used, parents) as session:
         if session.finished:
             return
+        for note in contract.card_notes(rms):
+            session.note(note)
         from rlhf import (
             engine,
             evaluate,

@@ -11,14 +11,18 @@ from rlhf.session import open_session
 
 @stage("rm")
 def main(cfg: config.RMStage) -> None:
-    sft = contract.parent(Registry(cfg.runs_dir), "policy_from", cfg.policy_from)
+    registry = Registry(cfg.runs_dir)
+    sft = contract.parent(registry, "policy_from", cfg.policy_from)
     contract.check_method(sft, cfg.method)
+    others = contract.siblings(registry, sft, cfg)
     splits = data.load("rm", cfg.data)
     contract.check_rows(cfg.train, splits["train"])
     with open_session(cfg, splits, {"policy": sft}) as session:
         if session.finished:
             return
-        from rlhf import engine, evaluate, golden, models, supervised, text
+        for note in contract.sibling_notes(registry, sft, cfg):
+            session.note(note)
+        from rlhf import card, engine, evaluate, golden, models, probes, supervised, text
 
         with session.phase("load"):
             engine.start(cfg.seed)
@@ -61,19 +65,20 @@ def main(cfg: config.RMStage) -> None:
                 )
             with session.phase("evaluate"):
                 held_out = "test" if "test" in pairs else "validation"
-                metrics |= evaluate.pairs(
-                    reward_model,
-                    pairs[held_out],
-                    renderer.pad_id,
-                    batch_size=cfg.train.micro_batch_size,
-                )
+                asked = probes.HeldOutPairs(splits[held_out], pairs[held_out], renderer, cfg)
+                scores = asked.scores(reward_model)
+                metrics |= evaluate.pairs(pairs[held_out], *scores)
+                report = asked.card(reward_model, scores, others, contract.positions(sft))
+                if report is not None:
+                    metrics |= report.metrics
+                session.keep_card(report)
             session.log_final(tracker, metrics, step=keeper.step)
 
         with session.phase("publish"):
             session.publish_model(models.publish, reward_model, tokenizer)
-            probes = [row["chosen_ids"] for row in pairs[held_out]]
+            answers = [row["chosen_ids"] for row in pairs[held_out]]
             facts = golden.write_scores(
-                reward_model, probes, renderer.pad_id, session.model_dir, dtype
+                reward_model, answers, renderer.pad_id, session.model_dir, dtype
             )
         session.publish(
             base=sft.manifest.base,
@@ -82,7 +87,7 @@ def main(cfg: config.RMStage) -> None:
             metrics=metrics,
             golden=facts,
             where=engine.where(cfg.engine),
-            summary=evaluate.rm_summary(metrics, held_out),
+            summary=evaluate.rm_summary(metrics, held_out) + card.summary(report),
         )
 
 

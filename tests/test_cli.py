@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from test_registry import (
     CONFIG,
+    facts,
     fill,
     flip,
     interrupted,
@@ -22,7 +23,8 @@ from test_registry import (
 )
 
 import rlhf
-from rlhf import cleanup, cli
+from rlhf import card, cleanup, cli
+from rlhf.pairwise import Pair
 from rlhf.registry import Registry
 from rlhf.run import open_run
 
@@ -177,6 +179,27 @@ def test_show_prints_what_a_run_recorded(rlhf_command, registry: Registry):
         str(made.path),
     ):
         assert part in result.out
+
+
+def test_show_prints_the_report_card(rlhf_command, registry: Registry):
+    sft = published(registry)
+    pairs = [Pair(m, 0.0, 9, 7) for m in [1.0] * 6 + [-1.0] * 2]
+    made = card.make(pairs, split="test")
+    with open_run(registry, "rm", "tiny", CONFIG, {"policy": sft}) as run:
+        fill(run)
+        made.write(run.path)
+        run.publish(**facts(card=made.facts))
+    assert registry.verify("rm/tiny") == []
+    out = rlhf_command("show", "rm/tiny").out
+    assert made.verdict == "no-go"
+    assert "report card" in out
+    for reason in made.reasons:
+        assert f"- {reason}" in out
+    row = next(line for line in out.splitlines() if line.startswith("accuracy (test)"))
+    assert row.split()[2:4] == ["8", "0.750"]
+    assert "calibration error" in out
+    flip(registry.resolve("rm/tiny").path / "card.json", 0)
+    assert registry.verify("rm/tiny") == ["card.json: sha256 differs from the manifest's"]
 
 
 def test_show_prints_brackets_as_they_are(rlhf_command, registry: Registry):

@@ -12,6 +12,7 @@ import pytest
 
 from rlhf import config
 from rlhf.config import (
+    CardConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,
@@ -104,6 +105,8 @@ REFUSED = [
     (EvaluationConfig, "evaluation", "prompts", -1, "0 switches it off"),
     (EvaluationConfig, "evaluation", "samples", -1, "It counts answers"),
     (TrackingConfig, "tracking", "mode", "disabled", "auto, online, offline, off"),
+    (CardConfig, "card", "probe_pairs", -1, "0 switches the probes off"),
+    (CardConfig, "card", "bins", 0, "10 is usual"),
 ]
 
 
@@ -111,6 +114,13 @@ REFUSED = [
 def test_a_value_that_cannot_work_is_named_with_its_reason(kind, group, field, value, reason):
     with pytest.raises(ConfigError, match=rf"{group}\.{field}={value}.*{reason}"):
         kind(**{field: value})
+
+
+def test_a_card_needs_flattery_and_other_models_once():
+    with pytest.raises(ConfigError, match=r"card\.flattery=' ': .* language of the data"):
+        CardConfig(flattery=" ")
+    with pytest.raises(ConfigError, match=r"card\.agree_with=\[rm/a,rm/a\]: names a run twice"):
+        CardConfig(agree_with=["rm/a", "rm/a"])
 
 
 def floats(kind: type) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,18 +11,21 @@ from typing import Any
 import pytest
 from test_registry import CONFIG, flip, no_waiting_for_the_disk, published, registry
 
-from rlhf.config import DataConfig, PPOStage, SamplingConfig, TrainConfig
+from rlhf.config import CardConfig, DataConfig, PPOStage, RMStage, SamplingConfig, TrainConfig
 from rlhf.contract import (
+    card_notes,
     check_method,
     check_pair,
     check_positions,
     check_rows,
     parent,
     ppo_parents,
+    sibling_notes,
+    siblings,
 )
 from rlhf.data import Split
 from rlhf.errors import ConfigError, RegistryError
-from rlhf.manifest import BaseModel, TokenizerFacts
+from rlhf.manifest import BaseModel, CardFacts, TokenizerFacts
 from rlhf.methods.settings import (
     BottleneckConfig,
     LoraConfig,
@@ -167,6 +171,63 @@ def test_reward_model_of_an_earlier_run_of_the_same_name_needs_permission(regist
         check_pair(again, rm, cfg())
     with pytest.raises(RegistryError, match="no SFT run of this registry"):
         check_pair(again, published(registry, "rm/adopted"), cfg())
+
+
+# ---------------------------------------------------------------- report cards
+
+
+def rm_cfg(*agree_with: str, enabled: bool = True) -> RMStage:
+    card = CardConfig(enabled=enabled, agree_with=list(agree_with))
+    return RMStage(run_name="tiny", data=DataConfig("rows.jsonl"), card=card)
+
+
+def test_a_card_compares_with_reward_models_of_the_same_sft_run(registry: Registry):
+    sft, other = published(registry), published(registry, "sft/other")
+    a, b = (published(registry, name, {"policy": sft}) for name in ("rm/a", "rm/b"))
+    published(registry, "rm/tiny", {"policy": sft})
+    published(registry, "rm/other", {"policy": other})
+    assert siblings(registry, sft, rm_cfg("rm/a", "rm/b")) == [a, b]
+    assert siblings(registry, sft, rm_cfg()) == []
+    assert siblings(registry, sft, rm_cfg("rm/none", enabled=False)) == []
+    with pytest.raises(ConfigError, match=r"agree_with: rm/other was not trained from sft/tiny"):
+        siblings(registry, sft, rm_cfg("rm/other"))
+    with pytest.raises(ConfigError, match=r"agree_with: rm/tiny is the run that is being made"):
+        siblings(registry, sft, rm_cfg("rm/tiny"))
+    with pytest.raises(ConfigError, match=r"card\.agree_with=sft/tiny: a run of stage sft cannot"):
+        siblings(registry, sft, rm_cfg("sft/tiny"))
+    with pytest.raises(RegistryError, match="rm/none: no such run"):
+        siblings(registry, sft, rm_cfg("rm/none"))
+
+
+def test_other_seeds_that_are_there_are_named(registry: Registry):
+    sft, other = published(registry), published(registry, "sft/other")
+    assert sibling_notes(registry, sft, rm_cfg()) == []
+    for name, parent_run in (("rm/b", sft), ("rm/a", sft), ("rm/tiny", sft), ("rm/other", other)):
+        published(registry, name, {"policy": parent_run})
+    (note,) = sibling_notes(registry, sft, rm_cfg())
+    assert note.startswith("trained from sft/tiny too: rm/a, rm/b. card.agree_with=[rm/a,rm/b] ")
+    assert sibling_notes(registry, sft, rm_cfg("rm/a")) == []
+    assert sibling_notes(registry, sft, rm_cfg(enabled=False)) == []
+
+
+def test_ppo_says_what_the_reward_models_cards_say(registry: Registry):
+    sft = published(registry)
+    cards = {
+        "go": CardFacts("go", []),
+        "caution": CardFacts("caution", ["this", "and that"]),
+        "bad": CardFacts("no-go", ["length alone"]),
+        "none": None,
+    }
+    rms = [published(registry, f"rm/{n}", {"policy": sft}, card=c) for n, c in cards.items()]
+    assert card_notes(rms) == [
+        "reward model rm/go: GO",
+        "reward model rm/caution: CAUTION\n  - this\n  - and that",
+        "reward model rm/bad: NO-GO: PPO will climb a score that does not show which answer people "
+        "prefer\n  - length alone",
+        "reward model rm/none: it has no report card, so what it goes by is unknown",
+    ]
+    step = dataclasses.replace(rms[0], reference="rm/go@step-000040", model_dir=sft.path / "x")
+    assert card_notes([step]) == ["reward model rm/go@step-000040 (card of rm/go): GO"]
 
 
 # ---------------------------------------------------------------- lengths

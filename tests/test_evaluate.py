@@ -12,9 +12,9 @@ import torch
 from rlhf import evaluate, models
 from rlhf.config import EvaluationConfig, RewardConfig, SamplingConfig
 from rlhf.evaluate import Answers, HeldOut
+from rlhf.intervals import Mean, mean_of, share, win_rate
 from rlhf.overoptimisation import Course
 from rlhf.rewards import Rewards
-from rlhf.statistics import Mean, mean_of, win_rate
 from rlhf.text import Renderer
 
 PAD = 0
@@ -72,6 +72,20 @@ def test_win_rate_by_hand():
         win_rate([1.0], [1.0, 2.0])
 
 
+def test_a_share_has_the_interval_of_wilson():
+    """The values p for which the share found is 1.96 standard deviations away from p."""
+    for successes, n in ((0, 5), (3, 4), (41, 120), (1, 1), (12, 12)):
+        found = share([1.0] * successes + [0.0] * (n - successes))
+        steps = [i / 200_000 for i in range(200_001)]
+        inside = [
+            p for p in steps if abs(successes / n - p) <= 1.96 * math.sqrt(p * (1 - p) / n) + 1e-12
+        ]
+        assert found.value == successes / n
+        assert found.low == pytest.approx(inside[0], abs=1e-5)
+        assert found.high == pytest.approx(inside[-1], abs=1e-5)
+    assert share([0.5, 0.5]).value == 0.5
+
+
 # the reward model --------------------------------------------------------------------------------
 
 
@@ -94,15 +108,15 @@ def test_pairs_by_hand(monkeypatch):
         {"chosen_ids": [4, 4], "rejected_ids": [5, 3]},  # a tie in both
         {"chosen_ids": [7, 1, 1, 1], "rejected_ids": [2]},  # right (10 > 2), and the longer
     ]
-    found = evaluate.pairs(None, rows, PAD, batch_size=3)
+    found = evaluate.pairs(rows, *evaluate.pair_scores(None, rows, PAD, batch_size=3))
     assert found["eval/accuracy"] == pytest.approx(2.5 / 4)
     assert found["eval/accuracy_longer"] == pytest.approx(2.5 / 4)
     assert found["eval/margin"] == pytest.approx((15 - 5 + 0 + 8) / 4)
-    half = 1.96 * math.sqrt(0.6875 / 3 / 4)
-    assert found["eval/accuracy_ci_low"] == pytest.approx(0.625 - half)
-    assert found["eval/accuracy_ci_high"] == pytest.approx(0.625 + half)
+    interval = share([1, 0, 0.5, 1])
+    assert found["eval/accuracy_ci_low"] == interval.low
+    assert found["eval/accuracy_ci_high"] == interval.high
     shorter = [{"chosen_ids": [9], "rejected_ids": [1, 1]}]
-    found = evaluate.pairs(None, shorter, PAD, batch_size=3)
+    found = evaluate.pairs(shorter, *evaluate.pair_scores(None, shorter, PAD, batch_size=3))
     assert (found["eval/accuracy"], found["eval/accuracy_longer"]) == (1.0, 0.0)
 
 

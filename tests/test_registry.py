@@ -21,7 +21,7 @@ import pytest
 import rlhf
 from rlhf import manifest as manifests
 from rlhf.errors import ConfigError, RegistryError
-from rlhf.manifest import BaseModel, DataFacts, TokenizerFacts
+from rlhf.manifest import BaseModel, CardFacts, DataFacts, TokenizerFacts
 from rlhf.registry import (
     Published,
     Reference,
@@ -1081,7 +1081,31 @@ def test_whole_registry_behind_a_link_is_fine(registry: Registry, tmp_path: Path
 
 
 def fields_of(kind: Any) -> list[str]:
-    return [name for name in kind.__dataclass_fields__ if name not in ("schema", "self_digest")]
+    """Those that every manifest has."""
+    known = kind.__dataclass_fields__.items()
+    own = ("schema", "self_digest")
+    return [name for name, f in known if name not in own and not f.metadata.get("optional")]
+
+
+def test_a_manifest_without_a_card_is_what_it_was_before_there_were_cards(registry: Registry):
+    made = published(registry)
+    assert made.manifest.card is None
+    assert "card" not in json.loads((made.path / "manifest.json").read_text())
+
+
+def test_a_card_stands_in_the_manifest_and_is_checked(registry: Registry):
+    verdict = CardFacts("caution", ["one", "two"])
+    made = published(registry, card=verdict)
+    assert registry.resolve("sft/tiny").manifest.card == verdict
+    for wrong, message in (
+        ({"verdict": "maybe", "reasons": []}, "card.verdict: expected go, caution or no-go"),
+        ({"verdict": "go"}, "card.reasons: missing"),
+        ({"verdict": "go", "reasons": [1]}, r"card.reasons\[0\]: expected str, found 1"),
+        (7, "card: expected an object, found 7"),
+    ):
+        forge(made, lambda fields, wrong=wrong: fields.update(card=wrong))
+        with pytest.raises(RegistryError, match=rf"manifest\.json: {message}"):
+            registry.resolve("sft/tiny")
 
 
 def test_a_manifest_of_before_a_field_was_added_is_read(registry: Registry):

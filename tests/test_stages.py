@@ -84,6 +84,53 @@ def test_every_run_is_published_and_sound(line):
     assert ppo.metrics["eval/kl"] is not None
 
 
+def test_the_reward_model_has_a_report_card_and_ppo_says_so(line):
+    from rlhf import card
+    from rlhf.registry import Registry
+
+    rm = Registry(line).resolve("rm/tiny")
+    assert "card.json" in rm.manifest.files
+    made = card.read(rm.path)
+    assert made.facts == rm.manifest.card
+    assert (made.split, made.pairs) == ("test", 400)
+    assert made.accuracy.value == rm.manifest.metrics["eval/accuracy"]
+    assert made.baselines["longer"].value == rm.manifest.metrics["eval/accuracy_longer"]
+    assert made.calibration.ece == rm.manifest.metrics["eval/ece"]
+    assert made.calibration.brier == rm.manifest.metrics["eval/brier"]
+    assert len(made.probes) == 6
+    assert numbers(line, "rm")[-1]["eval/ece"] == made.calibration.ece
+    said = (line / "ppo/tiny/log.txt").read_text()
+    assert f"reward model rm/tiny: {made.verdict.upper()}" in said
+    for reason in made.reasons:
+        assert reason in said
+    for stage in ("sft", "ppo"):
+        assert Registry(line).resolve(f"{stage}/tiny").manifest.card is None
+
+
+def test_a_second_reward_model_is_compared_with_the_first(line, monkeypatch, capfd):
+    from rlhf import card
+
+    given = [f"runs_dir={line}", "tracking=off", *SMALL["rm"], "card.probe_pairs=0"]
+    assert run_stage(monkeypatch, "rm", *given, "run_name=twin") == 0
+    assert "card.agree_with=[rm/tiny]" in " ".join(capfd.readouterr().err.split())
+    more = ["run_name=seeds", "seed=1", "card.agree_with=[rm/twin,rm/tiny]"]
+    assert run_stage(monkeypatch, "rm", *given, *more) == 0
+    found = card.read(line / "rm/seeds").agreement
+    assert [(one.reference, one.pairs) for one in found] == [("rm/twin", 400), ("rm/tiny", 400)]
+    assert found[0].value == found[1].value > 0.5  # twins
+    assert "agreement with rm/twin" in capfd.readouterr().out
+
+
+def test_without_a_card_there_is_none_and_ppo_says_so(line, monkeypatch):
+    given = [f"runs_dir={line}", "tracking=off"]
+    off = [*SMALL["rm"], "run_name=bare", "card.enabled=false"]
+    assert run_stage(monkeypatch, "rm", *given, *off) == 0
+    assert not (line / "rm/bare/card.json").exists()
+    more = [*SMALL["ppo"], "ppo.steps=1", "run_name=bare", "rm_from=rm/bare"]
+    assert run_stage(monkeypatch, "ppo", *given, *more) == 0
+    assert "rm/bare: it has no report card" in (line / "ppo/bare/log.txt").read_text()
+
+
 def test_the_same_seed_gives_the_same_numbers(line, tmp_path, monkeypatch):
     assert run_line(monkeypatch, tmp_path) == {"sft": 0, "rm": 0, "ppo": 0}
     for stage in SMALL:
