@@ -1,6 +1,7 @@
-"""`rlhf ...`: look at runs, adopt what was made elsewhere, remove what nothing needs; `doctor`.
+"""`rlhf ...`: look at runs, compare their answers, adopt what was made elsewhere, remove what
+nothing needs; `doctor`.
 
-Only `adopt` loads a weight; only `adopt` and `doctor` import torch.
+Only `adopt` and `eval` load a weight; only they and `doctor` import torch.
 """
 
 from __future__ import annotations
@@ -196,6 +197,76 @@ def diff(
         _print_json(vars(found) | {"metrics": metrics, "same": found.same})
         return
     _print_comparison(found)
+
+
+@app.command("eval")
+def evaluate(
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="As in ppo/tiny, or ppo/tiny@step-10.")
+    ],
+    against: Annotated[str, typer.Option(metavar="REF", help="As in sft/tiny.")],
+    judge: Annotated[
+        str, typer.Option(help="gold, rm/NAME, FILE.py:function, or openai:MODEL.")
+    ] = "gold",
+    prompts: Annotated[int, typer.Option(help="How many, at most.")] = 200,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows with prompts [held-out ones of the run's data]."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the data: validation or test.")] = "validation",
+    category: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Of a row, to split by [category, source]."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling, and of the intervals.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer [as the run's].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Drawn at once [as the run's].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    judge_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of an endpoint [OPENAI_BASE_URL].")
+    ] = None,
+    judge_key_env: Annotated[
+        str, typer.Option(metavar="NAME", help="The environment variable that holds its key.")
+    ] = "OPENAI_API_KEY",
+    judge_timeout: Annotated[float, typer.Option(help="Seconds for one reply.")] = 60.0,
+    concurrency: Annotated[int, typer.Option(help="Questions to an endpoint at once.")] = 4,
+    price_in: Annotated[float | None, typer.Option(help="For a million tokens.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="For a million tokens.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Let two policies answer the same held-out prompts, and a judge say whose are better."""
+    from rlhf import head_to_head, outcomes
+    from rlhf.console import Console
+
+    registry, console = _registry(runs_dir), Console()
+    options = head_to_head.Options(
+        judge=judge,
+        prompts=prompts,
+        data=data,
+        split=split,
+        category=category,
+        seed=seed,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        device=device,
+        judging={
+            "url": judge_url,
+            "key_variable": judge_key_env,
+            "timeout": judge_timeout,
+            "concurrency": concurrency,
+            "prices": (price_in, price_out),
+        },
+    )
+    plan = head_to_head.prepare(registry, references, against, options)
+    results = head_to_head.play(plan, console)
+    if as_json:
+        _print_json_list(results)
+    else:
+        outcomes.show(results, _print_table)
+    outcomes.store_all(registry, results, console)
 
 
 @app.command()

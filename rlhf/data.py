@@ -97,8 +97,7 @@ def demonstrations(cfg: PPOStage, parent: Mapping[str, Any]) -> dict[str, Split]
     path, columns = cfg.ppo.ptx_data, cfg.data.columns
     if path is None and parent.get("stage") == "sft" and parent.get("data.path"):
         path = str(parent["data.path"])
-        names = {f.name: parent.get(f"data.columns.{f.name}") for f in fields(ColumnsConfig)}
-        columns = ColumnsConfig(**{name: value for name, value in names.items() if value})
+        columns = columns_of(parent)
     if path is None:
         raise ConfigError(
             f"ppo.ptx_coef={cfg.ppo.ptx_coef:g}: {cfg.policy_from} does not tell which rows it was "
@@ -110,6 +109,37 @@ def demonstrations(cfg: PPOStage, parent: Mapping[str, Any]) -> dict[str, Split]
     except DataError as error:
         raise DataError(f"ppo.ptx_data={path}: {error}") from error
     return {"ptx": replace(split, name="ptx")}
+
+
+def held_out(cfg: DataConfig, split: str, *, whole: bool = False) -> Split:
+    """Prompts that PPO did not learn from, to compare policies on.
+
+    Args:
+        split: validation or test.
+        whole: `data.path` was named for this, so all rows of a single file are taken.
+
+    Raises:
+        DataError: there is no such split, or no usable row in it.
+    """
+    path = Path(cfg.path)
+    files = _files(path)
+    if whole and path.is_file():
+        found = _read("ppo", "all", path, cfg)
+    elif split in files:
+        found = _read("ppo", split, files[split], cfg)
+    elif split == "validation":
+        found = _set_aside(_read("ppo", "train", files["train"], cfg))[1]
+    else:
+        raise DataError(f"data.path={cfg.path}: it has no {split} split, but {', '.join(files)}.")
+    if not found.rows:
+        raise DataError(f"data.path={cfg.path}: no usable row for {found.name}.")
+    return found
+
+
+def columns_of(config: Mapping[str, Any]) -> ColumnsConfig:
+    """`data.columns` of a run's settings, flat."""
+    names = {f.name: config.get(f"data.columns.{f.name}") for f in fields(ColumnsConfig)}
+    return ColumnsConfig(**{name: value for name, value in names.items() if value})
 
 
 def _files(path: Path) -> dict[str, Path]:
