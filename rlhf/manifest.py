@@ -37,7 +37,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")
 STEP = re.compile(r"step-([0-9]{1,12})")
 
-VERDICTS = ("go", "caution", "no-go")
+VERDICTS = ("go", "caution", "no-go")  # of report cards
 OPTIONAL = {"optional": True}  # a field that manifests may lack, and that is left out where empty
 
 M = TypeVar("M")

@@ -25,7 +25,7 @@ def main(cfg: config.PPOStage) -> None:
     with open_session(cfg, used, parents) as session:
         if session.finished:
             return
-        for note in contract.card_notes(rms):
+        for note in contract.card_notes([*rms, *second]):
             session.note(note)
         from rlhf import (
             engine,
