@@ -1,7 +1,7 @@
 # RLHF in three stages. `make` lists what there is; README.md explains it.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup check test test-slow sft rm ppo methods base clean
+.PHONY: help setup check test test-slow test-browser sft rm ppo methods base clean
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +13,7 @@ NPROC  ?= 1
 STAGE   = NPROC=$(NPROC) $(BIN)/python stages
 
 help: ## list the targets and dials
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  dials: RUN=$(RUN)  SFT_ARGS= RM_ARGS= PPO_ARGS= (Hydra overrides)  NPROC=$(NPROC)  TORCH='$(TORCH)'"
 	@echo "  e.g.   make sft rm ppo RUN=a PPO_ARGS='seed=1 ppo.kl_coef=0.1'"
@@ -33,10 +33,13 @@ check: setup ## format, lint, types
 	$(BIN)/mypy
 
 test: setup ## tests, a few minutes, no network and no GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
 
 test-slow: setup ## every test that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not browser"
+
+test-browser: setup ## reports opened in headless Chromium (apt install chromium)
+	$(BIN)/python -m pytest -m browser
 
 sft: setup ## stage 1: supervised fine-tuning
 	$(STAGE)/sft.py run=$(RUN) $(SFT_ARGS)

@@ -270,6 +270,28 @@ def evaluate(
 
 
 @app.command()
+def report(
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="One: its whole line. Several: compared.")
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="[report.html, of one run in its folder, else here]"),
+    ] = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Write one HTML file: curves, samples, cards, differences, warnings; it needs no network."""
+    from pathlib import Path
+
+    from rlhf.report import page
+
+    registry = _registry(runs_dir)
+    path = Path(out) if out is not None else page.usual_path(registry, references)
+    size = page.write(registry, references, path)
+    print(f"{path}: {size:,} bytes")
+
+
+@app.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show it.")] = False,
     unfinished: Annotated[

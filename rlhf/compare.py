@@ -18,6 +18,7 @@ from rlhf.registry import (
 from rlhf.run import flat, result_keys
 
 NOT_SET = "(not set)"
+PARTS = ("config", "parents", "data", "environment")  # what `facts` tells of a run
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,43 @@ def compare(registry: Registry, left: str, right: str) -> Comparison:
         RegistryError: one is missing, unfinished or damaged, or a checkpoint is named.
     """
     one, other = (_whole_run(registry, reference) for reference in (left, right))
-    config = _differences(one.config, other.config)
-    counts = result_keys(one.config) | result_keys(other.config)
-    config = [replace(d, matters=d.name in counts) for d in config]
-    data = _differences(*(flat({p.split: _data_facts(p) for p in m.data}) for m in (one, other)))
+    parts = (facts(one), facts(other))
+    found = {
+        part: [
+            replace(d, matters=matters(part, d.name, one.config, other.config))
+            for d in _differences(parts[0][part], parts[1][part])
+        ]
+        for part in PARTS
+    }
     return Comparison(
         left=one.reference,
         right=other.reference,
-        config=sorted(config, key=lambda d: not d.matters),
-        parents=_differences(*({p.role: _parent_text(p) for p in m.parents} for m in (one, other))),
-        data=[replace(d, matters=not d.name.endswith(".source")) for d in data],
-        environment=_differences(_environment(one), _environment(other)),
+        config=sorted(found["config"], key=lambda d: not d.matters),
+        parents=found["parents"],
+        data=found["data"],
+        environment=found["environment"],
         metrics=[
             MetricPair(name, one.metrics.get(name), other.metrics.get(name))
             for name in one.metrics | other.metrics
         ],
     )
+
+
+def facts(made: Manifest) -> dict[str, dict[str, Any]]:
+    """What of a run is compared, by part: a flat table each."""
+    return {
+        "config": made.config,
+        "parents": {p.role: _parent_text(p) for p in made.parents},
+        "data": flat({p.split: _data_facts(p) for p in made.data}),
+        "environment": _environment(made),
+    }
+
+
+def matters(part: str, name: str, *configs: dict[str, Any]) -> bool:
+    """Whether a difference in `name` can change results, given the settings of the runs."""
+    if part == "config":
+        return any(name in result_keys(config) for config in configs)
+    return not (part == "data" and name.endswith(".source"))
 
 
 def _whole_run(registry: Registry, reference: str) -> Manifest:

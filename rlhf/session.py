@@ -286,6 +286,19 @@ class Session:
         cost = f"{total:.0f} s, peak memory {peak_memory_gb():.2f} GB"
         title = f"{self.cfg.stage}/{self.cfg.run_name}"
         self.console.summary(title, [*summary, ("cost", cost)], str(self.path))
+        self.report()
+
+    def report(self) -> None:
+        """Write report.html; a run without one is as good, so nothing that goes wrong ends it."""
+        if self._run is None:
+            return
+        try:
+            from rlhf.report import page
+
+            page.write(self._run.registry, [self._run.reference], self.path / page.NAME)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                self.note(f"{self._run.reference}: no report.html ({error})")
 
 
 @contextlib.contextmanager
@@ -339,7 +352,11 @@ def _open(
             )
             console.note(f"published: {run.path}")
         with run.writing("its files are"):
-            yield session
+            try:
+                yield session
+            except StoppedByGuard:  # before there was anything to publish: what led to it
+                session.report()
+                raise
 
 
 def peak_memory_gb() -> float:

@@ -21,7 +21,7 @@ from rlhf.config import (
     TrackingConfig,
 )
 from rlhf.data import Split
-from rlhf.errors import RegistryError
+from rlhf.errors import RegistryError, StoppedByGuard
 from rlhf.manifest import BaseModel
 from rlhf.methods.settings import LoraConfig
 from rlhf.registry import Registry
@@ -321,6 +321,42 @@ def test_any_disk_that_is_full_is_named_whatever_a_library_says(cfg, monkeypatch
 def test_other_errors_stay_what_they_are(cfg, error):
     with pytest.raises(type(error)), open_session(cfg, splits()):
         raise error
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_a_report_is_left_beside_the_manifest(cfg, finished):
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    assert "train/loss" in html
+    assert ">finished<" in html
+    assert Registry(cfg.runs_dir).verify("sft/tiny") == []
+
+
+def test_a_run_is_as_good_without_a_report(cfg, monkeypatch, capfd):
+    def fail(*given: object) -> None:
+        raise RuntimeError("a plot too many")
+
+    monkeypatch.setattr("rlhf.report.page.build", fail)
+    with open_session(cfg, splits()) as session:
+        work(session)
+    assert Registry(cfg.runs_dir).resolve("sft/tiny").manifest.metrics["eval/loss"] == 0.5
+    assert not (session.path / "report.html").exists()
+    assert "no report.html (a plot too many)" in "".join(capfd.readouterr())
+
+
+def test_a_run_that_a_guard_stopped_early_leaves_a_report_of_what_led_to_it(cfg):
+    def stop() -> None:
+        with session.tracker(NEW) as tracker:
+            for step in (1, 2):
+                session.log(tracker, {"train/loss": float(step)}, step=step, tokens=1)
+        raise StoppedByGuard("too much")
+
+    with pytest.raises(StoppedByGuard), open_session(cfg, splits()) as session:
+        stop()
+    html = (session.path / "report.html").read_text(encoding="utf-8")
+    assert "train/loss" in html
+    assert ">unfinished<" in html
 
 
 # ---------------------------------------------------------------- several processes
