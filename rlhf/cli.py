@@ -416,6 +416,55 @@ def adopt(
 
 
 @app.command()
+def sync(
+    references: Annotated[
+        list[str] | None, typer.Argument(metavar="[REF ...]", help="As in ppo/tiny.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every run, finished or not.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show it.")] = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Upload to W&B what was tracked offline; the parts of an interrupted run go in order."""
+    from rlhf import sync
+
+    if bool(references) is every:
+        raise RegistryError("sync: name runs (rlhf sync ppo/tiny), or give --all.")
+    registry = _registry(runs_dir)
+    found = sync.parts(registry, sync.choose(registry, references or []))
+    if dry_run or not any(part.state == "to upload" for part in found):
+        _print_table(
+            ("run", "tracked offline", ""),
+            [(part.reference, part.folder.name, part.state) for part in found],
+        )
+        if not found:
+            print("Nothing was tracked offline.")
+        return
+    sync.upload(found, print)
+
+
+@app.command()
+def dashboard(
+    project: Annotated[str, typer.Option(help="As in tracking.project.")] = "rlhf",
+    entity: Annotated[str | None, typer.Option(help="User or team; the key's by default.")] = None,
+    name: Annotated[str, typer.Option(help="Of the saved view.")] = "RLHF",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it has.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="W&B's definition of it on stdout; saves nothing.")
+    ] = False,
+) -> None:
+    """Save a W&B workspace that compares runs: reward against KL, gold, win rates, cost."""
+    from rlhf import dashboard
+
+    if as_json:
+        print(dashboard.as_json(project, entity, name))
+    elif dry_run:
+        rows = [(one.section, one.title, ", ".join(one.y), one.x) for one in dashboard.PANELS]
+        _print_table(("section", "panel", "shows", "against"), rows)
+    else:
+        print(dashboard.save(project, entity, name))
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     as_markdown: Annotated[

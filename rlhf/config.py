@@ -491,6 +491,8 @@ class TrackingConfig:
     mode: str = "auto"  # auto: online when a key is at hand, else offline
     project: str = "rlhf"
     entity: str | None = None
+    tags: list[str] = field(default_factory=list)  # beside stage, method, algorithm and ZeRO stage
+    upload: bool = False  # artifacts hold a model's files; false: the manifest, and where they lie
 
     def __post_init__(self) -> None:
         one_of("tracking.mode", self.mode, ("auto", "online", "offline", "off"))

@@ -1,8 +1,9 @@
 """What a person sees while a stage runs.
 
 All of it goes to stderr except the closing summary, which is the result and goes to stdout. On a
-terminal progress is a live bar; in a log file it is a plain line now and then, without control
-characters. Colours follow NO_COLOR, and text off a terminal is laid out for 100 columns.
+terminal there is one live picture: a table of the headline numbers, and the bars of progress below
+it. In a log file both are plain lines now and then, without control characters. Colours follow
+NO_COLOR, and text off a terminal is laid out for 100 columns.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from typing import Any, TextIO
 
 import rich.box
 import rich.console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.board import Board
+
 WIDTH_OFF_TERMINAL = 100
 SECONDS_BETWEEN_LINES = 10.0
 SAMPLE_CHARACTERS = 600
+REFRESHES_PER_SECOND = 1  # of the live picture; each takes 5 ms
 
 # The few numbers that tell whether a stage goes well, in reading order.
 HEADLINES: dict[str, tuple[str, ...]] = {
@@ -65,7 +70,9 @@ class Console:
         self._err = _rich_console(err or sys.stderr, quiet=quiet)
         self._out = _rich_console(out or sys.stdout, quiet=quiet)
         self._clock = clock
-        self._live: Progress | None = None
+        self._live: Live | None = None
+        self._bars: Progress | None = None
+        self._board: Board | None = None
         self._depth = 0
 
     def note(self, text: str) -> None:
@@ -75,8 +82,16 @@ class Console:
     def metrics(
         self, stage: str, step: int, total: int | None, metrics: Mapping[str, float]
     ) -> None:
-        """One compact line of the numbers that matter for the stage; none of them, no line."""
+        """The numbers that matter for the stage: in the live table, else as one compact line.
+
+        None of them, no line.
+        """
         names = HEADLINES.get(stage, tuple(metrics))
+        if self._live is not None:
+            if self._board is None or self._board.stage != stage:
+                self._board = Board(stage, names, total)
+            self._board.take(step, metrics)
+            return
         shown = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics]
         if shown:
             at = f"{step}" if total is None else f"{step}/{total}"
@@ -151,27 +166,45 @@ class Console:
 
     @contextmanager
     def _bar(self, pace: Pace, nested: bool) -> Iterator[Pace]:
-        """A live bar; a nested one is a second line of the same display, gone when it ends."""
-        if self._live is None:
-            self._live = Progress(
+        """A bar of the live picture; a nested one is a second line of it, gone when it ends."""
+        if self._live is None or self._bars is None:
+            self._bars = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 _PaceColumn(),
                 console=self._err,
+            )
+            self._board = None
+            self._live = Live(
+                get_renderable=self._picture,
+                console=self._err,
+                refresh_per_second=REFRESHES_PER_SECOND,
                 redirect_stdout=sys.stdout.isatty(),  # or a piped stdout would land on stderr
             )
             self._live.start()
-        live = self._live
-        task = live.add_task(pace.description, total=pace.total, completed=pace.done, pace=pace)
-        pace.on_advance = lambda: live.update(task, completed=pace.done)
+        live, bars = self._live, self._bars
+        task = bars.add_task(pace.description, total=pace.total, completed=pace.done, pace=pace)
+        pace.on_advance = lambda: bars.update(task, completed=pace.done)
         try:
             yield pace
         finally:
             if nested:
-                live.remove_task(task)
+                bars.remove_task(task)
             else:
-                live.stop()
-                self._live = None
+                try:
+                    live.stop()
+                finally:
+                    self._live = self._bars = None
+
+    def _picture(self) -> rich.console.RenderableType:
+        """What the live display shows now, as it fits the terminal."""
+        bars: rich.console.RenderableType = self._bars or ""
+        if not self._board:
+            return bars
+        size = self._err.size
+        plots = self._err.encoding.lower().startswith("utf")
+        table = self._board.table(size.width, size.height, plots=plots)
+        return rich.console.Group(table, bars)
 
     @contextmanager
     def _lines(self, pace: Pace, nested: bool) -> Iterator[Pace]:

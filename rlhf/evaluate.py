@@ -327,6 +327,15 @@ class HeldOut:
             out.append(sample)
         return out
 
+    def progress(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
+        """The first few samples, with KL to the reference in nats and length in tokens: what is
+        kept of each evaluation."""
+        few = self.samples(before, after)[: self.cfg.evaluation.samples]
+        return [
+            sample | {"ppo_kl": after.kl[i], "ppo_length": len(after.answer_ids[i])}
+            for i, sample in enumerate(few)
+        ]
+
 
 # ---------------------------------------------------------------- closing tables
 

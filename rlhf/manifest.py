@@ -31,7 +31,8 @@ from rlhf.errors import RegistryError
 SCHEMA = 3
 MANIFEST = "manifest.json"
 CARD = "card.json"  # of a reward model; see card.py
-TOP_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", CARD)  # immutable, beside model/
+# Immutable, beside all of model/.
+TOP_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "samples_log.jsonl", CARD)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")

@@ -469,12 +469,14 @@ def update(
     step: int,
     kl_coef: float | None = None,
     demonstrations: ptx.Demonstrations | None = None,
+    ratios: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """`epochs` passes of `minibatches` optimizer steps each, over all processes together.
 
     In the first `ppo.critic_warmup` steps the policy stands still. `kl_coef` is that of this step
     (`ppo.kl_coef` without it) and matters here where KL is a term of the loss. `demonstrations`
-    are what `ppo.ptx_coef` mixes in: as many rows per optimizer step as there are answers.
+    are what `ppo.ptx_coef` mixes in: as many rows per optimizer step as there are answers. `ratios`
+    gets the probability ratios of this process's tokens, one tensor for each policy pass.
 
     Returns:
         Losses and statistics, each a mean over the step's updates; learning rates as they were
@@ -509,7 +511,9 @@ def update(
                     shown = demonstrations.parts(turn, size)
                 for micro in minibatch.micro(micro_size):
                     if name == "policy":
-                        found = _train_policy(model, micro, count, cfg, kl_coef, next(shown))
+                        found = _train_policy(
+                            model, micro, count, cfg, kl_coef, next(shown), ratios
+                        )
                     else:
                         found = _train_critic(model, micro, count, cfg)
                     for stat, value in found.items():
@@ -534,6 +538,7 @@ def _train_policy(
     cfg: PPOStage,
     kl_coef: float,
     shown: ptx.Shown | None,
+    ratios: list[Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """One micro-batch through the policy; each statistic is its part of the minibatch mean."""
     everything = logits = temperate_logits(policy.module, micro, cfg.sampling)
@@ -541,6 +546,8 @@ def _train_policy(
         logits = restrict(everything, micro.responses, micro.floors)
     mask = micro.response_mask
     new_logprobs = torch.where(mask, losses.logprobs_of(logits, micro.responses), 0.0)
+    if ratios is not None:
+        ratios.append((new_logprobs.detach() - micro.old_logprobs)[mask].exp())
     loss, stats = losses.ppo_policy_loss(
         new_logprobs,
         micro.old_logprobs,
@@ -588,6 +595,28 @@ def _train_critic(critic: Engine, micro: Batch, count: Tensor, cfg: PPOStage) ->
     critic.backward(cfg.ppo.vf_coef * loss)
     critic.step()
     return {"loss/value": loss, **stats}
+
+
+SHOWN = 10_000  # values of a distribution, at most, of each process
+
+
+def distributions(batch: Batch, ratios: list[Tensor]) -> dict[str, list[float]]:
+    """What `tracking.HISTOGRAMS` shows of a step, of all processes; each of them calls it.
+
+    Args:
+        batch: with advantages.
+        ratios: as `update` filled it; empty while the critic warms up.
+    """
+    mask = batch.response_mask
+    own = {
+        "histogram/scores": batch.scores,
+        "histogram/advantages": batch.advantages[mask],
+        "histogram/ratios": torch.cat(ratios) if ratios else batch.scores[:0],
+        "histogram/lengths": mask.sum(1),
+    }
+    few = {name: x[:: max(1, math.ceil(len(x) / SHOWN))].tolist() for name, x in own.items()}
+    parts = engine.gather_objects(few)
+    return {name: [x for part in parts for x in part[name]] for name in own}
 
 
 def tokens(batch: Batch) -> int:

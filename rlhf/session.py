@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+import rlhf
 from rlhf import config, ranks
 from rlhf.console import Console
 from rlhf.data import Split
 from rlhf.errors import RegistryError, StoppedByGuard
-from rlhf.manifest import MANIFEST, BaseModel, DataFacts, TokenizerFacts, now
+from rlhf.manifest import MANIFEST, BaseModel, DataFacts, TokenizerFacts, git_commit, now
 from rlhf.registry import Published, Registry
 from rlhf.run import Run, open_run
 from rlhf.tracking import METRICS, Tracker
@@ -43,7 +44,13 @@ class Session:
         console: silent on every process but the main one.
     """
 
-    def __init__(self, cfg: config.StageConfig, run: Run | None, console: Console) -> None:
+    def __init__(
+        self,
+        cfg: config.StageConfig,
+        run: Run | None,
+        console: Console,
+        parents: dict[str, Published] | None = None,
+    ) -> None:
         self.cfg = cfg
         self.console = console
         self.path = Path(cfg.runs_dir).expanduser() / cfg.stage / cfg.run_name
@@ -52,6 +59,9 @@ class Session:
         self._before: dict[str, float] = {}  # seconds spent before this run was resumed
         self._keeper: Keeper | None = None
         self._card: Card | None = None
+        self._tracker: Tracker | None = None
+        self._exits = contextlib.ExitStack()  # what ends with the session
+        self._parents = parents or {}
         self._run = run
         self._times: dict[str, float] = {}
         self._state = run.state if run is not None else "new"
@@ -147,29 +157,36 @@ class Session:
 
     @contextlib.contextmanager
     def tracker(self, keeper: Keeper) -> Iterator[Tracker | None]:
-        """Where numbers go while the block runs; None on every process but the main one."""
+        """Where numbers go while the block runs; None on every process but the main one.
+
+        W&B hears of what is published as well, so it is finished when the session ends.
+        """
         if not ranks.is_main():
             yield None
             return
         cfg = self.cfg
-        with Tracker(
-            stage=cfg.stage,
-            run=cfg.run,
-            run_name=cfg.run_name,
-            config=dataclasses.asdict(cfg),
-            metrics_path=self.path / "metrics.jsonl",
-            directory=self.path,
-            project=cfg.tracking.project,
-            entity=cfg.tracking.entity,
-            mode=cfg.tracking.mode,
-            console=self.console,
-            append=keeper.step > 0,
-            total=keeper.total,
-        ) as tracker:
-            if keeper.step > 0:
-                tracker.rewind(keeper.state["lines"])
-            keeper.tracker = tracker
-            yield tracker
+        code = {"version": rlhf.__version__, "git_commit": git_commit()}
+        tracker = self._exits.enter_context(
+            Tracker(
+                stage=cfg.stage,
+                run=cfg.run,
+                run_name=cfg.run_name,
+                config=dataclasses.asdict(cfg) | {"code": code},
+                metrics_path=self.path / "metrics.jsonl",
+                directory=self.path,
+                project=cfg.tracking.project,
+                entity=cfg.tracking.entity,
+                mode=cfg.tracking.mode,
+                console=self.console,
+                append=keeper.step > 0,
+                total=keeper.total,
+                tags=tags(cfg),
+            )
+        )
+        if keeper.step > 0:
+            tracker.rewind(keeper.state["lines"], step=keeper.step)
+        self._tracker = keeper.tracker = tracker
+        yield tracker
 
     def opening(self, splits: dict[str, Split], trained: int, total: int) -> None:
         """Say what is about to happen: rows, what was dropped, parameters."""
@@ -198,6 +215,18 @@ class Session:
         if tracker is not None:
             tracker.log(stats | self._times | cost, step=step)
         self._times = {}
+
+    def log_detail(
+        self,
+        tracker: Tracker | None,
+        samples: list[dict[str, Any]],
+        histograms: dict[str, list[float]],
+        step: int,
+    ) -> None:
+        """What an evaluation shows beside its numbers: a few answers, and distributions."""
+        if tracker is not None:
+            tracker.samples(samples, step=step)
+            tracker.histograms(histograms, step=step)
 
     def log_final(self, tracker: Tracker | None, metrics: dict[str, float], step: int) -> None:
         """The numbers of what is published, which may be of an earlier, better step.
@@ -283,6 +312,10 @@ class Session:
             warnings=warnings,
             card=self._card.facts if self._card is not None else None,
         )
+        if self._tracker is not None and self._run.published is not None:
+            self._tracker.publish(self._run.published, list(self._parents.values()))
+            if self.stopped is not None:
+                self._tracker.stop(self.stopped)
         cost = f"{total:.0f} s, peak memory {peak_memory_gb():.2f} GB"
         title = f"{self.cfg.stage}/{self.cfg.run_name}"
         self.console.summary(title, [*summary, ("cost", cost)], str(self.path))
@@ -342,7 +375,7 @@ def _open(
         overwrite=cfg.overwrite,
         command=sys.argv,
     ) as run:
-        session = Session(cfg, run, console)
+        session = Session(cfg, run, console, parents)
         for text in run.notes:
             session.note(text)
         if session.finished:
@@ -351,12 +384,20 @@ def _open(
                 "runs it again; run_name=... makes another."
             )
             console.note(f"published: {run.path}")
-        with run.writing("its files are"):
+        with run.writing("its files are"), session._exits:
             try:
                 yield session
             except StoppedByGuard:  # before there was anything to publish: what led to it
                 session.report()
                 raise
+
+
+def tags(cfg: config.StageConfig) -> list[str]:
+    """What runs are told apart by in W&B: stage, method, algorithm, ZeRO stage, the user's own."""
+    algorithm = getattr(cfg, "algorithm", None)
+    zero = f"zero{cfg.engine.zero_stage}" + ("_offload" if cfg.engine.offload else "")
+    own = [] if algorithm is None else [algorithm.name]
+    return [cfg.stage, cfg.method.name, *own, zero, *cfg.tracking.tags]
 
 
 def peak_memory_gb() -> float:

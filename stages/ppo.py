@@ -4,6 +4,7 @@ python stages/ppo.py run=tiny run_name=kl01 ppo.kl_coef=0.1
 """
 
 from functools import partial
+from typing import Any
 
 from rlhf import config, contract, data, guards, rewards
 from rlhf.launch import stage
@@ -92,15 +93,16 @@ def main(cfg: config.PPOStage) -> None:
                         batch = ppo.judge(drawn, verdict.scores, roles, cfg, **standard)
                         coef = price.coef
                         batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=coef)
-                        stats |= spread
+                        stats |= spread | {"episode": step * cfg.ppo.batch_size}
                         watch.see(batch, stats, step=step)
                     if step == 1:
                         stats |= proofs.start(roles, batch, cfg)
                         session.note(proofs.in_words(stats))
                         frozen = proofs.Frozen(roles, reward_models, batch, cfg)
                     with session.timed("time/update"):
+                        ratios: list[Any] = []
                         learn = partial(ppo.update, kl_coef=coef, demonstrations=demonstrations)
-                        stats |= learn(policy, critic, batch, cfg, step=step)
+                        stats |= learn(policy, critic, batch, cfg, step=step, ratios=ratios)
                         price.update(stats["objective/kl"], cfg.ppo.batch_size)
                     if step == 1:
                         session.note(frozen.prove())
@@ -113,6 +115,8 @@ def main(cfg: config.PPOStage) -> None:
                         for warning in held_out.follow(course, answers, step=step):
                             session.note(warning)
                         session.write(overoptimisation.FILE, course.text())
+                        kept = held_out.progress(before, answers)
+                        session.log_detail(tracker, kept, ppo.distributions(batch, ratios), step)
                     session.log(tracker, stats, step=step, tokens=ppo.tokens(batch))
                     keeper.state |= {"stats": stats, "price": price.state()}
                     keeper.state |= {"watch": watch.state, "course": course.state}

@@ -4,8 +4,10 @@ import io
 import re
 
 import pytest
+import rich.console
 
-from rlhf.console import Console, duration
+from rlhf.board import Board, trend
+from rlhf.console import HEADLINES, Console, duration
 
 
 class Clock:
@@ -147,8 +149,8 @@ def test_a_terminal_gets_a_live_bar_with_nested_parts_and_notes_above():
             with console.progress("evaluate", 2, "prompts") as inner:
                 inner.advance()
                 console._live.refresh()
-                assert len(console._live.tasks) == 2
-            assert len(console._live.tasks) == 1
+                assert len(console._bars.tasks) == 2
+            assert len(console._bars.tasks) == 1
         console.note("[ppo] halfway")
         console._live.refresh()
     assert console._live is None
@@ -208,6 +210,187 @@ def test_no_color_is_respected(monkeypatch):
     assert colours()
     monkeypatch.setenv("NO_COLOR", "1")
     assert not colours()
+
+
+# -- the live picture
+
+
+class Glass:
+    """What is seen on a terminal: lines of at most `width` characters, as the cursor left them."""
+
+    def __init__(self, text: str, width: int):
+        self.lines, self.row, self.column, self.cursor = [""], 0, 0, True
+        for code, letter, character in re.findall(r"\x1b\[([?\d;]*)([A-Za-z])|([\s\S])", text):
+            if character:
+                self._put(character, width)
+            elif letter == "A":
+                self.row = max(0, self.row - int(code or 1))
+            elif (code, letter) == ("2", "K"):
+                self.lines[self.row] = ""
+            elif code == "?25":
+                self.cursor = letter == "h"
+            else:
+                assert letter == "m", (code, letter)
+
+    def _put(self, character: str, width: int):
+        if character == "\r":
+            self.column = 0
+        elif character == "\n":
+            self.row, self.column = self.row + 1, 0
+        else:
+            if self.column == width:
+                self.row, self.column = self.row + 1, 0
+            self.lines += [""] * (self.row + 1 - len(self.lines))
+            line = self.lines[self.row].ljust(self.column)
+            self.lines[self.row] = line[: self.column] + character + line[self.column + 1 :]
+            self.column += 1
+        self.lines += [""] * (self.row + 1 - len(self.lines))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self.lines)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "40")
+
+
+def stage(screen, steps, *, notes=()):
+    """PPO at work; KL rises, so its best is the first, and the score is best in the middle."""
+    with screen.console.progress("ppo", 9) as bar:
+        for step in steps:
+            screen.clock.now += 2
+            bar.advance()
+            numbers = {"objective/kl": 0.5 * step, "objective/scores": 3.0 - abs(step - 2)}
+            screen.console.metrics("ppo", step, 9, numbers | {"loss/policy": 7.0})
+            for note in notes:
+                screen.console.note(f"{note} {step}")
+            screen.console._live.refresh()
+
+
+def test_a_terminal_has_one_table_of_first_best_and_last(wide):
+    screen = Screen(Terminal)
+    stage(screen, [1, 2, 3], notes=["[ppo] a note at"])
+    glass = Glass(screen.err.getvalue(), 100)
+    table = [line.split() for line in glass.text.splitlines() if "/" in line]
+    assert table[:3] == [
+        ["ppo:", "step", "3/9"],
+        ["objective/scores", "2", "3", "@2", "2", "score", "▁█▁"],
+        ["objective/kl", "0.5", "0.5", "@1", "1.5", "nats", "▁▅█"],
+    ]
+    assert len(table) == 4
+    assert "3/9 steps, 2.0 s/step, ETA 12s" in glass.text
+    notes = [line for line in glass.text.splitlines() if "note" in line]
+    assert notes == [f"[ppo] a note at {step}" for step in (1, 2, 3)]
+    assert glass.text.index("a note at 3") < glass.text.index("objective/kl")  # above the picture
+    assert glass.cursor
+    assert "loss/policy" not in glass.text
+
+
+def test_the_table_is_gone_with_its_stage(wide):
+    screen = Screen(Terminal)
+    stage(screen, [1])
+    with screen.console.progress("rm", 2) as bar:
+        bar.advance()
+        screen.console._live.refresh()
+    assert Glass(screen.err.getvalue(), 100).text.count("objective/kl") == 1
+    screen.console.metrics("ppo", 9, 9, {"objective/kl": 4.0})  # nothing is live: a line
+    assert Glass(screen.err.getvalue(), 100).text.endswith("[ppo] step 9/9  objective/kl 4\n")
+
+
+def test_nested_bars_come_and_go_below_the_table(wide):
+    screen = Screen(Terminal)
+    with screen.console.progress("ppo", 2) as bar:
+        screen.console.metrics("ppo", 1, 2, {"objective/kl": 0.5})
+        with screen.console.progress("evaluate", 4, "prompts") as inner:
+            inner.advance()
+            screen.console._live.refresh()
+            seen = Glass(screen.err.getvalue(), 100)
+            assert not seen.cursor
+            assert "evaluate" in seen.text
+        bar.advance()
+    glass = Glass(screen.err.getvalue(), 100)
+    assert "evaluate" not in glass.text
+    assert glass.text.count("objective/kl") == 1
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(100, 40), (70, 12), (40, 40), (24, 6)])
+def test_the_picture_fits_the_terminal(monkeypatch, columns, lines):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", str(lines))
+    screen = Screen(Terminal)
+    numbers = dict.fromkeys(HEADLINES["ppo"], 0.123456)
+    with screen.console.progress("ppo", 3) as bar:
+        for step in (1, 2, 3):
+            bar.advance()
+            screen.console.metrics("ppo", step, 3, numbers)
+            screen.console._live.refresh()
+    glass = Glass(screen.err.getvalue(), columns)
+    assert glass.text.count("step 3/3") == 1
+    assert len(glass.lines) - 1 <= lines, "nothing was left behind by a refresh"
+    assert max(map(len, glass.lines)) <= columns
+    assert re.search(r"last\b", glass.text)
+    assert "0.1235" in glass.text
+
+
+def test_a_terminal_that_is_resized_meanwhile_stays_usable(monkeypatch):
+    screen = Screen(Terminal)
+    with screen.console.progress("ppo", 4) as bar:
+        for columns in (100, 30, 5, 120):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            bar.advance()
+            screen.console.metrics("ppo", 1, 4, {"objective/kl": 0.5})
+            screen.console._live.refresh()
+    assert screen.console._live is None
+    assert screen.err.getvalue().count("\x1b[?25l") == screen.err.getvalue().count("\x1b[?25h")
+
+
+def test_ctrl_c_leaves_the_last_table_and_the_cursor(wide):
+    screen = Screen(Terminal)
+
+    def interrupted():
+        with screen.console.progress("ppo", 4) as bar, screen.console.progress("evaluate", 4):
+            bar.advance()
+            screen.console.metrics("ppo", 1, 4, {"objective/kl": 0.5})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    glass = Glass(screen.err.getvalue(), 100)
+    assert glass.cursor
+    assert "objective/kl" in glass.text
+    assert "evaluate" not in glass.text
+    screen.console.note("afterwards")
+    assert Glass(screen.err.getvalue(), 100).text.endswith("afterwards\n")
+
+
+def test_the_best_is_the_first_of_equals_and_never_no_number():
+    board = Board("ppo", ["eval/score", "objective/kl"], None)
+    for step, score in enumerate([float("nan"), 1.0, 2.0, 2.0, float("inf")], start=1):
+        board.take(step, {"eval/score": score, "objective/kl": 5.0 - score})
+    seen = rich.console.Console(width=100, file=io.StringIO())
+    seen.print(board.table(100, 40))
+    rows = [line.split() for line in seen.file.getvalue().splitlines() if "/" in line]
+    assert rows[0][:5] == ["eval/score", "nan", "2", "@3", "inf"]
+    assert rows[1][:5] == ["objective/kl", "nan", "3", "@3", "-inf"]
+
+
+def test_trends():
+    assert trend([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert trend([2.0, float("nan"), 1.0]) == "█ ▁"
+    assert trend([3.0, 3.0]) == "▅▅"
+    assert trend([]) == trend([float("inf")]) == ""
+
+
+def test_a_terminal_of_ascii_has_no_plots(wide):
+    class Old(Terminal):
+        encoding = "ascii"
+
+    screen = Screen(Old)
+    stage(screen, [1, 2])
+    assert screen.err.getvalue().isascii()
 
 
 # -- lines and tables

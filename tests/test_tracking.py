@@ -8,7 +8,6 @@ import json
 import math
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -17,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from wandb_files import inside, items, parts, records, rows
 
 from rlhf import tracking
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.tracking import METRICS, Tracker, find_key
 
 KEY = "0123456789abcdef" * 3
@@ -120,55 +120,8 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def records(folder: Path) -> list:
-    """The protobuf records of the one offline run below `folder`, once its file is complete.
-
-    wandb's own process writes the file and may be some milliseconds behind `finish`.
-    """
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    give_up = time.monotonic() + 20
-    while True:
-        found = parse_records(path.read_bytes())
-        if any(r.HasField("exit") for r in found) or time.monotonic() > give_up:
-            return found
-        time.sleep(0.01)
-
-
-def parse_records(raw: bytes) -> list:
-    """W&B's offline file is a LevelDB log after a 7-byte header: blocks of 32 KiB with pieces of
-    records, each under checksum (4 bytes), size (2), kind (1: whole, 2-4: first, middle, last).
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    assert raw[:4] in (b"", b":W&B")
-    found, pending, at = [], b"", 7
-    while at + 7 <= len(raw):
-        room = -at % 32768
-        if 0 < room < 7:  # too small for a header: zeros up to the next block
-            at += room
-            continue
-        size, kind = struct.unpack_from("<4xHB", raw, at)
-        if at + 7 + size > len(raw):  # still being written
-            break
-        pending += raw[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):
-            found.append(Record.FromString(pending))
-            pending = b""
-    return found
-
-
-def items(messages) -> dict:
-    """key -> value of W&B's (key or nested_key, JSON text) pairs."""
-    return {
-        "/".join(m.nested_key) if m.nested_key else m.key: json.loads(m.value_json)
-        for m in messages
-    }
-
-
 def history(folder: Path) -> list[dict]:
-    rows = [items(r.history.item) for r in records(folder) if r.HasField("history")]
-    return [{k: v for k, v in row.items() if k in METRICS or k == "_step"} for row in rows]
+    return rows(records(folder))
 
 
 # -- the list
@@ -297,9 +250,9 @@ def test_offline_file_has_the_same_numbers_and_names(tmp_path, capfd, caplog, wi
     expected: dict[int, dict] = {}
     for line in lines(tmp_path):
         expected.setdefault(line["step"], {}).update(line)
-    rows = history(tmp_path)
-    assert len(rows) == 151
-    for row in rows:
+    found = history(tmp_path)
+    assert len(found) == 151
+    for row in found:
         wanted = expected[row.pop("_step")]
         wanted.pop("step")
         if "train/grad_norm" in row:
@@ -322,8 +275,7 @@ def test_offline_file_has_the_same_numbers_and_names(tmp_path, capfd, caplog, wi
     assert capfd.readouterr() == ("", "")  # wandb is silent; the console says it in one line
     assert not caplog.records
     (note,) = console.notes
-    assert note.startswith("[sft] tracking: offline; upload later: wandb sync ")
-    assert Path(note.split("wandb sync ")[1]).is_dir()
+    assert note == "[sft] tracking: offline; upload later: rlhf sync sft/tiny-lr1"
     assert wire.calls == calls
 
 
@@ -411,19 +363,323 @@ def test_without_the_package_auto_is_off_and_the_rest_refuse(tmp_path, monkeypat
             tracker(tmp_path, mode=mode)
 
 
-def test_wandb_failing_midway_does_not_end_the_run(tmp_path):
-    class Broken:
-        def log(self, *args, **kwargs):
+class Broken:
+    """A W&B run whose service died."""
+
+    def __getattr__(self, name):
+        def fail(*args, **kwargs):
             raise ConnectionError("service died")
 
+        return fail
+
+
+def test_wandb_failing_midway_does_not_end_the_run(tmp_path):
     console = Listener()
-    with tracker(tmp_path, console=console) as t:
-        t._wandb = Broken()
-        t.log({"train/loss": 1.0}, step=0)
-        t.log({"train/loss": 2.0}, step=1)
-    assert len(lines(tmp_path)) == 2
-    assert len(console.notes) == 1
-    assert "service died" in console.notes[0]
+    with tracker(tmp_path, mode="offline", console=console) as t:
+        t._wandb._run.finish()
+        t._wandb._run = Broken()
+        for step in range(3):
+            t.log({"train/loss": 1.0 / (step + 1)}, step=step)
+        t.histograms({"histogram/scores": [1.0]}, step=2)
+        t.samples([{"prompt": "p"}], step=2)
+        t.summary({"train/loss": 1.0})
+        t.stop("a guard")
+    assert len(lines(tmp_path)) == 3
+    assert len((tmp_path / "samples_log.jsonl").read_text().splitlines()) == 1
+    (_, note) = console.notes
+    assert "service died" in note
+
+
+def test_what_the_numbers_do_not_need_may_fail_alone(tmp_path, monkeypatch):
+    console = Listener()
+    with tracker(tmp_path, mode="offline", console=console) as t:
+        monkeypatch.setattr(t._wandb, "publish", Broken().publish)
+        t.log({"train/loss": 1.0}, step=1)
+        t.publish(None, [])
+    assert "W&B did not take it (service died)" in console.notes[1]
+    assert history(tmp_path) == [{"_step": 1, "train/loss": 1.0}]
+
+
+# -- a run that goes on
+
+
+def merged(folder: Path, **how) -> dict[int, dict]:
+    """Step -> numbers of all parts; a number that is there twice is an error."""
+    out: dict[int, dict] = {}
+    for part in parts(folder, **how):
+        for row in rows(part):
+            there = out.setdefault(row.pop("_step"), {})
+            assert not there.keys() & row.keys()
+            there |= row
+    return out
+
+
+def logged(folder: Path) -> dict[int, dict]:
+    out: dict[int, dict] = {}
+    for line in lines(folder):
+        out.setdefault(line.pop("step"), {}).update(line)
+    return out
+
+
+def ids(folder: Path) -> list[str]:
+    return [next(r.run.run_id for r in part if r.HasField("run")) for part in parts(folder)]
+
+
+def test_an_interrupted_run_goes_on_as_the_same_run(tmp_path):
+    """Stopped in step 5, whose checkpoint is of step 3; the times of what is done again differ."""
+
+    def go(steps, **how):
+        with tracker(tmp_path, mode="offline", **how) as t:
+            if how:
+                t.rewind(3, step=3)
+            for step in steps:
+                t.log({"train/loss": 1 / step, "episode": 8 * step}, step=step)
+
+    go([1, 2, 3, 4, 5])
+    go([4, 5, 6, 7], append=True)
+    assert merged(tmp_path) == logged(tmp_path)
+    assert [sorted(row["_step"] for row in rows(part)) for part in parts(tmp_path)] == [
+        [1, 2, 3, 4, 5],
+        [6, 7],
+    ]
+    first, second = ids(tmp_path)
+    assert first == second
+
+
+def test_a_run_that_goes_on_within_the_second_keeps_its_first_part(tmp_path):
+    """W&B names a folder by the second and the id, and would write over what is there."""
+    tracker(tmp_path / "warm", mode="offline").close()
+    time.sleep(1.02 - time.time() % 1)
+    for step, how in ((1, {}), (2, {"append": True})):
+        with tracker(tmp_path, mode="offline", **how) as t:
+            t.log({"train/loss": 1 / step}, step=step)
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+    assert merged(tmp_path) == logged(tmp_path)
+
+
+def test_numbers_of_a_step_that_came_after_the_interruption_are_sent_too(tmp_path):
+    with tracker(tmp_path, mode="offline") as t:
+        t.log({"train/loss": 0.5}, step=7)
+    with tracker(tmp_path, mode="offline", append=True) as t:
+        t.rewind(1, step=7)
+        t.log({"eval/gold": 0.25}, step=7)
+    assert merged(tmp_path) == logged(tmp_path) == {7: {"train/loss": 0.5, "eval/gold": 0.25}}
+
+
+def test_a_killed_process_leaves_no_gap_and_no_number_twice(tmp_path):
+    """Killed in step 4: its row was not sent, and the checkpoint at step 4 says it need not be
+    done again."""
+    code = """
+import os, sys, signal, time
+from pathlib import Path
+from test_tracking import tracker
+folder = Path(sys.argv[1])
+t = tracker(folder, mode="offline")
+for step in (1, 2, 3, 4):
+    t.log({"train/loss": 1 / step}, step=step)
+(path,) = folder.glob("wandb/offline-run-*/*.wandb")
+from wandb_files import parse_records
+while sum(r.HasField("history") for r in parse_records(path.read_bytes())) < 3:
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = Path(tracking.__file__).parents[1]
+    env = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    env["PYTHONPATH"] = f"{root}:{root / 'tests'}"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env)
+    assert done.returncode == -9
+    with tracker(tmp_path, mode="offline", append=True) as t:
+        t.rewind(4, step=4)
+        t.log({"train/loss": 0.2}, step=5)
+    assert merged(tmp_path, ended=False) == logged(tmp_path)
+    assert sorted(logged(tmp_path)) == [1, 2, 3, 4, 5]
+
+
+def test_what_was_tracked_by_nobody_is_sent_when_the_run_goes_on(tmp_path):
+    with tracker(tmp_path, mode="off") as t:
+        t.log({"train/loss": math.inf}, step=1)
+        t.log({"train/loss": 2.0}, step=2)
+    with tracker(tmp_path, mode="offline", append=True) as t:
+        t.rewind(2, step=2)
+        t.log({"train/loss": 1.0}, step=3)
+    found = merged(tmp_path)
+    assert str(found[1]["train/loss"]).lower() in ("inf", "infinity")
+    assert found[2] == {"train/loss": 2.0}
+    assert found[3] == {"train/loss": 1.0}
+
+
+def test_online_the_server_says_what_it_has(tmp_path, monkeypatch, forget_key):
+    """The server knows steps up to 2; what lies in the folder says 3."""
+    import wandb
+
+    asked, sent = {}, []
+
+    class Server:
+        starting_step, url, summary = 3, "http://run", {}
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, row, *, step, commit):
+            assert commit
+            sent.append((step, dict(row)))
+
+        def finish(self, exit_code):
+            sent.append(("exit", exit_code))
+
+    with tracker(tmp_path, mode="offline") as t:
+        for step in (1, 2, 3):
+            t.log({"train/loss": 1 / step}, step=step)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(wandb, "init", lambda **given: asked.update(given) or Server())
+    with tracker(tmp_path, mode="online", append=True) as t:
+        t.rewind(3, step=3)
+        t.log({"train/loss": 0.25}, step=4)
+    assert asked["resume"] == "allow"
+    assert [asked["id"]] == ids(tmp_path)
+    assert sent == [
+        (3, {"step": 3, "train/loss": 1 / 3}),
+        (4, {"step": 4, "train/loss": 0.25}),
+        ("exit", 0),
+    ]
+
+
+# -- axes, tags, histograms, samples, alerts
+
+
+def test_every_metric_has_the_step_as_its_axis(tmp_path):
+    with tracker(tmp_path, mode="offline", tags=["ppo", "lora", "ppo", "x" * 99]) as t:
+        t.log({"objective/kl": 1.0}, step=3)
+    found = records(tmp_path)
+    axes = {r.metric.glob_name or r.metric.name: r.metric for r in found if r.HasField("metric")}
+    assert axes["step"].options.hidden
+    for name in METRICS:
+        key = name if "/" not in name else name.split("/")[0] + "/*"
+        assert axes[key].step_metric == "step", name
+    (row,) = [items(r.history.item) for r in found if r.HasField("history")]
+    assert row["step"] == row["_step"] == 3
+    run = next(r.run for r in found if r.HasField("run"))
+    assert list(run.tags) == ["ppo", "lora", "x" * 64]
+
+
+def test_histograms_are_part_of_the_row_of_their_step(tmp_path):
+    values = {"histogram/scores": [0.0, 1.0, 1.0, math.nan], "histogram/ratios": []}
+    with tracker(tmp_path, mode="offline") as t:
+        t.histograms(values, step=5)
+        t.log({"train/loss": 1.0}, step=5)
+        with pytest.raises(KeyError, match="histogram/score"):
+            t.histograms({"histogram/score": [1.0]}, step=5)
+    (row,) = [r.history.item for r in records(tmp_path) if r.HasField("history")]
+    assert items(row)["_step"] == 5
+    assert items(row)["train/loss"] == 1.0
+    shown = inside(row, "histogram/scores")
+    assert (shown["_type"], sum(shown["values"])) == ("histogram", 3)
+    assert (shown["bins"][0], shown["bins"][-1]) == (0.0, 1.0)
+    assert shown["values"][-1] == 2
+    assert not inside(row, "histogram/ratios")
+    assert lines(tmp_path) == [{"step": 5, "train/loss": 1.0}]
+
+
+def answers(step: int) -> list[dict]:
+    """Two prompts of an evaluation."""
+    return [
+        {"prompt": f"p{n}", "sft": "old", "ppo": f"at {step} \ud800", "ppo_score": step + n / 2}
+        for n in range(2)
+    ]
+
+
+def tables(folder: Path) -> list[list]:
+    """The tables of all parts in the order they were logged, each as W&B wrote it."""
+    every = [r.history.item for part in parts(folder) for r in part if r.HasField("history")]
+    out = []
+    for entry in [found for row in every if (found := inside(row, "samples"))]:
+        (path,) = folder.glob(f"wandb/offline-run-*/files/{entry['path']}")
+        out.append(json.loads(path.read_text()))
+        assert out[-1]["columns"] == list(tracking.SAMPLE_COLUMNS)
+    return [[tuple(row[:2]) for row in table["data"]] for table in out]
+
+
+def test_the_table_of_samples_grows_and_is_whole_at_the_end(tmp_path):
+    with tracker(tmp_path, mode="offline") as t:
+        for step in (10, 20, 30):
+            t.samples(answers(step), step=step)
+            t.log({"eval/score": 1.0}, step=step)
+        t.summary({"eval/score": 0.5})
+    kept = [json.loads(line) for line in (tmp_path / "samples_log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in kept] == [
+        (step, prompt) for step in (10, 20, 30) for prompt in ("p0", "p1")
+    ]
+    assert kept[3] == {"step": 20, **answers(20)[1]}
+    first, second, last = tables(tmp_path)
+    assert first == [(10, "p0"), (10, "p1")]
+    assert second == [*first, (20, "p0"), (20, "p1")]
+    assert last == [*second, (30, "p0"), (30, "p1")]
+    assert not (Path.home() / ".local/share/wandb").exists()  # W&B's copies lie in the run
+
+
+def test_what_a_resumed_run_shows_first_is_not_cut_off(tmp_path):
+    """W&B commits a row once: distributions and numbers of the first step leave together."""
+    with tracker(tmp_path, mode="offline") as t:
+        t.log({"train/loss": 1.0}, step=1)
+    with tracker(tmp_path, mode="offline", append=True) as t:
+        t.rewind(1, step=1)
+        t.samples(answers(2), step=2)
+        t.histograms({"histogram/scores": [1.0]}, step=2)
+        t.log({"train/loss": 0.5}, step=2)
+    assert merged(tmp_path) == logged(tmp_path)
+    assert len(tables(tmp_path)) == 1
+
+
+def test_samples_of_steps_that_are_done_again_are_there_once(tmp_path):
+    def go(steps, **how):
+        with tracker(tmp_path, mode="offline", **how) as t:
+            if how:
+                t.rewind(2, step=20)
+            for step in steps:
+                t.samples(answers(step), step=step)
+                t.log({"eval/score": 1.0}, step=step)
+
+    go([10, 20, 30])
+    go([30, 40], append=True)
+    kept = [json.loads(line) for line in (tmp_path / "samples_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in kept] == [10, 10, 20, 20, 30, 30, 40, 40]
+    assert [step for step, _ in tables(tmp_path)[-1]] == [10, 10, 20, 20, 30, 30, 40, 40]
+
+
+def test_a_score_that_is_no_number_does_not_end_the_run(tmp_path):
+    with tracker(tmp_path, mode="offline") as t:
+        t.samples([{"prompt": "p", "ppo_score": math.nan}, {"prompt": "q", "ppo_score": 1}], step=1)
+        t.log({"eval/score": 1.0}, step=1)
+    first = (tmp_path / "samples_log.jsonl").read_text().splitlines()[0]
+    assert json.loads(first) == {"step": 1, "prompt": "p", "ppo_score": "nan"}
+    assert len(tables(tmp_path)) == 1
+
+
+def test_a_table_is_no_longer_than_wandb_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "TABLE_ROWS", 3)
+    with tracker(tmp_path, mode="offline") as t:
+        for step in (1, 2):
+            t.samples(answers(step), step=step)
+            t.log({"eval/score": 1.0}, step=step)
+    assert tables(tmp_path)[-1] == [(1, "p1"), (2, "p0"), (2, "p1")]
+
+
+def test_a_guard_that_stops_the_run_is_an_alert(tmp_path):
+    def stopped():
+        with tracker(tmp_path / "raised", mode="offline") as t:
+            t.log({"objective/kl": 99.0}, step=1)
+            raise StoppedByGuard("KL over budget: 99 nats")
+
+    with pytest.raises(StoppedByGuard):
+        stopped()
+    with tracker(tmp_path / "published", mode="offline") as t:
+        t.stop("KL over budget: 99 nats")
+    for name in ("raised", "published"):
+        found = records(tmp_path / name)
+        (alert,) = [r.alert for r in found if r.HasField("alert")]
+        assert (alert.title, alert.level) == ("sft/tiny-lr1: stopped", "ERROR")
+        assert alert.text == "KL over budget: 99 nats"
+        assert [r.exit.exit_code for r in found if r.HasField("exit")] == [3]
 
 
 def test_wandb_is_not_to_report_home_unless_the_user_says_so(tmp_path, monkeypatch):
