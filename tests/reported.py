@@ -10,6 +10,7 @@ from typing import Any
 
 from test_registry import CONFIG, facts, fill
 
+from rlhf.manifest import TOP_FILES
 from rlhf.registry import Published, Registry
 from rlhf.run import open_run
 
@@ -28,7 +29,7 @@ def publish(
     config: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Published:
-    """A finished run; `files` are written after it is published, as what may change later.
+    """A finished run; of `files` what may change later is written after it is published.
 
     Args:
         curves: name -> its values at steps 1, 2, ...; None is a step without one.
@@ -43,13 +44,19 @@ def publish(
             run.samples_path.unlink()
         else:
             run.samples_path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+        given = files or {}
+        _write(run.path, {name: held for name, held in given.items() if name in TOP_FILES})
         run.publish(**facts(**({"metrics": {}} | changes)))
-    for name, held in (files or {}).items():
-        path = registry.runs_dir / reference / name
+    _write(run.path, {name: held for name, held in given.items() if name not in TOP_FILES})
+    return registry.resolve(reference)
+
+
+def _write(folder: Path, files: dict[str, Any]) -> None:
+    for name, held in files.items():
+        path = folder / name
         path.parent.mkdir(exist_ok=True)
         lines = held if isinstance(held, list) else [held]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return registry.resolve(reference)
 
 
 def write_metrics(path: Path, curves: dict[str, list[Any]]) -> None:

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 import reported
 from reported import HOSTILE, STEPS, publish
+from test_overoptimisation import evaluation
 from test_registry import CONFIG, no_waiting_for_the_disk, published, registry
 
 from rlhf import compare
 from rlhf.cli import main
 from rlhf.errors import ConfigError, RegistryError
+from rlhf.overoptimisation import GOLD, Course
 from rlhf.registry import Registry
 from rlhf.report import files, page, panels, thin, words
 from rlhf.report.collect import collect
@@ -261,6 +263,25 @@ def test_parents_that_are_missing_changed_or_damaged_are_told(registry: Registry
     (registry.runs_dir / "ppo/x/manifest.json").write_text("{}")
     assert collect(registry, ["ppo/x"]).runs[-1].state == "damaged"
     assert "damaged" in page.build(registry, ["ppo/x"])
+
+
+def test_a_run_that_was_over_optimised_says_so_once(registry: Registry):
+    """By what the stage writes: the same words in the manifest and beside it."""
+    course = Course(GOLD)
+    for n, gold in enumerate([0, 1.0, 0.5]):
+        now = evaluation(10 * n, n, gold)
+        course.see(now)
+    run = publish(registry, "ppo/over", warnings=course.said())
+    (run.path / "overoptimisation.json").write_text(course.text())
+    (shown,) = [run for run in collect(registry, ["ppo/over"]).runs if run.stage == "ppo"]
+    assert shown.warnings == course.said()
+    assert shown.warnings[0].startswith("over-optimised (step 20): since step 10 the held-out")
+    assert shown.over is not None
+    assert shown.over.knee == (10, 5.0)  # step, nats
+    # Without a manifest, as while it runs, the file alone says it.
+    (run.path / "manifest.json").unlink()
+    (shown,) = collect(registry, ["ppo/over"]).runs
+    assert shown.warnings == course.said()
 
 
 def test_a_run_of_nothing_but_a_folder_has_a_page(registry: Registry):

@@ -384,7 +384,9 @@ def over_optimisation(given: Any) -> OverOptimisation:
         points=points,
         knee=None if where is None else (_count(knee.get("step")), where),
         warnings=[
-            f"{text(w['text'])} (step {text(w.get('step'))})" for w in given.get("warnings", [])
+            # as in the manifest
+            f"{text(w.get('name'))} (step {text(w.get('step'))}): {text(w['text'])}"
+            for w in given.get("warnings", [])
         ],
     )
 
