@@ -24,7 +24,8 @@ from rlhf.intervals import Mean, mean_of
 
 FILE = "overoptimisation.json"
 SCHEMA = 1
-STANDS_STILL = 2  # evaluations in a row with more score and no more of the measure
+MEMORY = 5  # evaluations that are compared with the last one
+PACE = 0.25  # of what a point of score brought of the measure before: less is standing still
 SPREADS = 0.25  # a rise of the score that counts, in standard deviations of the SFT answers'
 LONGER = 1.5  # times the SFT answers' length
 LESS = 0.7  # of the SFT answers' variety or ends
@@ -96,9 +97,9 @@ class Course:
         warnings: each name once.
         first: the SFT model's evaluation.
         peak: the one with the most of the measure so far.
-        rise: of the score since the peak, at the last evaluation; None where it may be noise.
-        flat: evaluations since the peak at which the score had risen.
-        fell: the measure fell since the peak while the score rose.
+        fell: since the peak the score rose and the measure fell.
+        plateau: the one since which the score rose and the measure does not; None where it does.
+        recent: the last few.
     """
 
     measure: str | None
@@ -106,16 +107,15 @@ class Course:
     warnings: list[Warning] = field(default_factory=list)
     first: Evaluation | None = None
     peak: Evaluation | None = None
-    rise: float | None = None
-    flat: int = 0
     fell: bool = False
+    plateau: Evaluation | None = None
+    recent: list[Evaluation] = field(default_factory=list)
 
     @property
     def knee(self) -> dict[str, float] | None:
         """{"step", "kl"} of the evaluation after which only the score rose; None without one."""
-        if self.peak is None or not (self.fell or self.flat >= STANDS_STILL):
-            return None
-        return {"step": self.peak.step, "kl": self.peak.kl}
+        at = self.peak if self.fell else self.plateau
+        return None if at is None else {"step": at.step, "kl": at.kl}
 
     # ------------------------------------------------------------ while it trains
 
@@ -127,18 +127,26 @@ class Course:
         self.points.append(now.numbers())
         if self.first is None or self.peak is None:
             self.first = self.peak = now
+            self.recent = [now]
             return []
-        if now.measure is not None and _mean(now.measure) > _mean(self.peak.measure):
-            self.peak, self.rise, self.flat, self.fell = now, None, 0, False
-        elif now.measure is not None:
-            self.rise = _rise(now.scores, self.peak.scores, _deviation(self.first.scores))
-            self.flat += self.rise is not None
-            self.fell |= self.rise is not None and _change(now, self.peak).high < 0
+        if now.measure is not None:
+            self._follow(now, self.first, self.peak)
+        self.recent = [*self.recent[1 - MEMORY :], now]
         known = {warning.name for warning in self.warnings}
         found = {name: rule(self, now) for name, rule in RULES.items() if name not in known}
         new = [Warning(now.step, name, text) for name, text in found.items() if text is not None]
         self.warnings += new
         return new
+
+    def _follow(self, now: Evaluation, first: Evaluation, peak: Evaluation) -> None:
+        if _mean(now.measure) > _mean(peak.measure):
+            self.peak, self.fell = now, False
+        elif _rise(now, peak, first) is not None and _change(now, peak).high < 0:
+            self.fell = True
+        if self.plateau is not None and _change(now, self.plateau).low <= 0:
+            return
+        since = [then for then in self.recent[:-1] if _stalled(now, then, first)]
+        self.plateau = since[0] if since else None
 
     # ------------------------------------------------------------ kept, and written
 
@@ -153,8 +161,9 @@ class Course:
         if state is None:
             return cls(measure)
         given = dict(state)
-        for name in ("first", "peak"):
+        for name in ("first", "peak", "plateau"):
             given[name] = given[name] and Evaluation(**given[name])
+        given["recent"] = [Evaluation(**evaluation) for evaluation in given["recent"]]
         given["warnings"] = [Warning(**warning) for warning in given["warnings"]]
         return cls(**given)
 
@@ -181,27 +190,26 @@ Rule = Callable[[Course, Evaluation], str | None]
 
 def _over_optimised(course: Course, now: Evaluation) -> str | None:
     """The score rose since the peak, and the measure fell."""
-    peak = course.peak
-    if peak is None or course.rise is None or (fall := _change(now, peak)).high >= 0:
+    if not course.fell or course.peak is None or course.first is None:
         return None
+    step, fall = course.peak.step, _change(now, course.peak)
     return (
-        f"since step {peak.step} the held-out score rose by {course.rise:.3g} while "
+        f"since step {step} the held-out score rose by {_gain(now, course.peak):.3g} while "
         f"{course.measure} fell by {-fall.value:.3g} (95 % {-fall.high:.3g} to {-fall.low:.3g}): "
-        f"the policy learns what the reward model gets wrong. @best is step {peak.step}; a higher "
+        f"the policy learns what the reward model gets wrong. @best is step {step}; a higher "
         "ppo.kl_coef, fewer ppo.steps or a better reward model help."
     )
 
 
 def _without_gain(course: Course, now: Evaluation) -> str | None:
-    """The score rose and the measure did not, at several evaluations."""
-    peak = course.peak
-    if peak is None or course.rise is None or course.flat < STANDS_STILL:
+    """The score rises and the measure stands still."""
+    if (then := course.plateau) is None:
         return None
-    change = _change(now, peak)
+    change = _change(now, then)
     return (
-        f"since step {peak.step} the held-out score rose by {course.rise:.3g} and {course.measure} "
-        f"changed by {change.value:+.3g} (95 % {change.low:+.3g} to {change.high:+.3g}). Read the "
-        "samples: stop there, or raise ppo.kl_coef."
+        f"since step {then.step} the held-out score rose by {_gain(now, then):.3g} and "
+        f"{course.measure} changed by {change.value:+.3g} (95 % {change.low:+.3g} to "
+        f"{change.high:+.3g}). Read the samples: stop there, or raise ppo.kl_coef."
     )
 
 
@@ -227,11 +235,11 @@ def _no_gain(course: Course, now: Evaluation) -> str | None:
             "nothing that training does not see watches this run (evaluation.second_rm could be a "
             "reward model of another seed)"
         )
-    if _change(now, course.peak).high < 0:
+    if course.fell:
         return f"{course.measure} fell since step {course.peak.step}"
-    if course.flat == 0 and _change(now, course.first).low > 0:
-        return None
-    return f"{course.measure} is flat"
+    if course.plateau is not None:
+        return f"{course.measure} is flat since step {course.plateau.step}"
+    return None if _change(now, course.first).low > 0 else f"{course.measure} is flat"
 
 
 def _longer(first: Evaluation, now: Evaluation) -> str | None:
@@ -303,10 +311,25 @@ def _change(now: Evaluation, before: Evaluation) -> Mean:
     return mean_of([a - b for a, b in zip(now.measure, before.measure, strict=True)])
 
 
-def _rise(now: Sequence[float], before: Sequence[float], spread: float) -> float | None:
-    """Of the score, prompt by prompt; None where it may be noise, or is small beside `spread`."""
-    rise = mean_of([a - b for a, b in zip(now, before, strict=True)])
-    return rise.value if rise.low > 0 and rise.value > SPREADS * spread else None
+def _gain(now: Evaluation, before: Evaluation) -> float:
+    """Of the mean score."""
+    return _mean(now.scores) - _mean(before.scores)
+
+
+def _rise(now: Evaluation, before: Evaluation, first: Evaluation) -> float | None:
+    """Of the score, prompt by prompt; None where it may be noise, or is small."""
+    rise = mean_of([a - b for a, b in zip(now.scores, before.scores, strict=True)])
+    return rise.value if rise.low > 0 and rise.value > SPREADS * _deviation(first.scores) else None
+
+
+def _stalled(now: Evaluation, then: Evaluation, first: Evaluation) -> bool:
+    """Since `then` the score rose, and the measure did not, or hardly beside what it did before."""
+    rise, change = _rise(now, then, first), _change(now, then)
+    if rise is None or change.low > 0:
+        return False
+    before = _gain(then, first)
+    pace = _change(then, first).value / before if before > 0 else 0.0
+    return pace <= 0 or change.value < PACE * pace * rise
 
 
 def _mean(numbers: Sequence[float] | None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -61,8 +62,58 @@ def test_gold_that_stands_still_while_the_score_rises():
     said, whole = course(*(evaluation(10 * n, n, g, noise=0.5) for n, g in enumerate(gold)))
     names = [name for names in said for name in names]
     assert names == ["score without gain"]
-    assert whole.knee is not None
-    assert whole.knee["step"] in (10, 20)  # as the noise has it
+    assert whole.knee == {"step": 10, "kl": 5.0}
+    assert "since step 10 the held-out score rose by" in whole.warnings[0].text
+
+
+def test_gold_that_all_but_stands_still_is_told_from_gold_that_is_slow():
+    """The score brought 0.4 of gold a point. A tenth of that since is no gain; all of it is."""
+    for pace, named in ((0.04, True), (0.4, False)):
+        gold = [0, 0.4, 0.8, 0.8 + 0.5 * pace, 0.8 + pace]
+        score = [0, 1, 2, 2.5, 3]
+        pairs = enumerate(zip(score, gold, strict=True))
+        said, whole = course(*(evaluation(10 * n, s, g, noise=0.5) for n, (s, g) in pairs))
+        assert (said[4] == ["score without gain"]) == named
+        assert (whole.knee == {"step": 20, "kl": 10.0}) == named
+        assert (said[4] == []) != named
+
+
+def test_gold_that_never_rose_is_flat_too():
+    """Each prompt's gold goes up or down by 0.1, on the whole by a hair up."""
+    change = [0.1, -0.1] * 100
+    start = evaluation(0, 0, 0, noise=0.0)
+    steps = [start]
+    for n in (1, 2):
+        gold = [x + n * (0.001 + y) for x, y in zip(start.measure, change, strict=True)]
+        steps.append(replace(evaluation(10 * n, n, 0, noise=0.0), measure=gold))
+    said, whole = course(*steps)
+    assert said == [[], [], ["score without gain"]]
+    assert "since step 0 the held-out score rose by 2 and gold changed by +0.002" in (
+        whole.warnings[0].text
+    )
+
+
+def test_a_score_that_may_be_noise_has_not_risen():
+    """Eight prompts: a rise of 0.5 with a standard error of 1 is none, though gold surely fell."""
+    flat = [1.0, -1.0] * 4
+    steps = [evaluation(0, 0, 0), evaluation(10, 1, 1)]
+    wild = [x + 0.5 + 4 * x for x in flat]
+    few = [
+        replace(steps[0], scores=flat, measure=[0.0] * 8),
+        replace(steps[1], scores=flat, measure=[1.0] * 8),
+        replace(steps[1], step=20, scores=wild, measure=[0.5, 0.4] * 4),
+    ]
+    assert course(*few)[1].knee is None
+    sure = replace(few[2], scores=[x + 0.5 for x in flat])
+    assert course(*few[:2], sure)[1].knee == {"step": 10, "kl": 5.0}
+
+
+def test_a_plateau_may_end():
+    """Gold that climbs again, as it may, takes the knee back; what was said stays said."""
+    gold = [0, 1.0, 1.0, 1.0, 1.6]
+    said, whole = course(*(evaluation(10 * n, n, g) for n, g in enumerate(gold)))
+    assert said[3] == ["score without gain"]
+    assert whole.knee is None
 
 
 def test_gold_that_goes_on_takes_the_knee_back():
