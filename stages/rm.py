@@ -63,7 +63,7 @@ def main(cfg: config.RMStage) -> None:
                     tracker=tracker,
                     note=session.note,
                 )
-            with session.phase("evaluate"):
+            with session.phase("evaluate"), engine.whole(reward_model):
                 held_out = "test" if "test" in pairs else "validation"
                 asked = probes.HeldOutPairs(splits[held_out], pairs[held_out], renderer, cfg)
                 scores = asked.scores(reward_model)

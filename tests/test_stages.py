@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "sft": ["train.max_steps=3", "data.max_rows=192", "evaluation.prompts=8"],
-    "rm": ["train.max_steps=3", "data.max_rows=96"],
+    "rm": ["train.max_steps=3", "data.max_rows=96", "card.probe_pairs=8"],
     "ppo": [
         "ppo.steps=2",
         "ppo.batch_size=8",
