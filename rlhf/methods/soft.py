@@ -59,6 +59,8 @@ def attach(
     prompted = _put_on(model, _peft_config(cfg), head=head, name=cfg.name)
     if isinstance(cfg, PromptConfig):
         _begin_as(prompted, tokens, cfg.tokens)
+    elif isinstance(cfg, PrefixConfig) and cfg.name == "p_tuning_v2":
+        _begin_as_read(prompted)
     return prompted
 
 
@@ -120,6 +122,24 @@ def _begin_as(prompted: SoftPrompt, ids: list[int] | None, count: int) -> None:
         chosen = torch.tensor(ids).repeat(-(-count // len(ids)))[:count]
     encoder: Any = prompted.encoder
     encoder.embedding.weight.copy_(words(chosen.to(words.weight.device)))
+
+
+@torch.no_grad()
+def _begin_as_read(prompted: SoftPrompt) -> None:
+    """Let a prefix begin as the keys and values of random tokens, as if the model had read them.
+
+    Li and Liang 2021 found such a beginning better than random numbers (section 7.4). Drawn from
+    N(0, 1), as peft draws them, keys can be so long that nothing else is attended to.
+    """
+    words: Any = prompted.backbone.get_input_embeddings()
+    ids = torch.randint(words.weight.shape[0], (1, prompted.tokens)).to(words.weight.device)
+    prompted.prompted = False
+    cache = prompted.backbone(input_ids=ids, use_cache=True).past_key_values
+    prompted.prompted = True
+    parts = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]
+    whole = torch.stack(parts).permute(2, 0, 1, 3)  # [P, 2 for each layer, heads, width of a head]
+    encoder: Any = prompted.encoder
+    encoder.embedding.weight.copy_(whole.flatten(1))
 
 
 def _refuse_unfit(model: PreTrainedModel, config: peft.PromptLearningConfig, name: str) -> None:
