@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,13 +170,21 @@ def test_what_was_judged_before_an_endpoint_died_is_kept(stub):
 
 
 def test_no_more_questions_at_once_than_allowed(stub):
-    def slow(body):
-        time.sleep(0.05)
+    """Counted while an answer is being made; three meet each time, however slow the machine is."""
+    three, lock, counts = threading.Barrier(3, timeout=30), threading.Lock(), [0]
+
+    def meet(body):
+        with lock:
+            counts.append(counts[-1] + 1)
+        three.wait()
+        with lock:
+            counts.append(counts[-1] - 1)
         return longer(body)
 
-    stub.answer = slow
+    stub.answer = meet
     verdicts(judge(stub, concurrency=3), side(*["aa"] * 12), side(*["b"] * 12))
-    assert stub.most_at_once == 3
+    assert len(counts) == 1 + 2 * 24  # both orders of twelve
+    assert max(counts) == 3
 
 
 def test_order_of_replies_does_not_matter(stub):
