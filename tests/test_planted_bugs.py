@@ -219,10 +219,13 @@ PLANTED = (
     ),
     # Fine-tuning methods
     Planted(
-        bug="embeddings of a prompt push the text's positions by what padding says",
+        bug="after a soft prompt padding counts as positions",
         file="rlhf/methods/soft.py",
         old='            kwargs["position_ids"] = positions + self.tokens\n',
-        new='            kwargs.pop("position_ids", None)\n',
+        new=(
+            "            columns = torch.ones_like(mask).cumsum(1) - 1\n"
+            '            kwargs["position_ids"] = columns[:, -positions.shape[1] :] + self.tokens\n'
+        ),
         caught_by=(
             "test_soft.py::test_padding_changes_nothing[positions-left-eager-llama-prompt_tuning]",
             "test_soft.py::test_response_logits_are_those_of_the_unpadded_row[llama-p_tuning_lstm]",
@@ -294,7 +297,7 @@ PLANTED = (
         bug="LoRA-drop's plan is not saved, and a reload shares nothing",
         file="rlhf/methods/lora_drop.py",
         old='(folder / FILE).write_text(json.dumps(chosen, indent=1) + "\\n", encoding="utf-8")',
-        new="pass",
+        new='(folder / FILE).write_text("{}", encoding="utf-8")',
         caught_by=("test_lora_drop.py::test_files_hold_a_copy_for_each_layer_and_the_plan",),
     ),
     Planted(
