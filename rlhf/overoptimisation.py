@@ -5,7 +5,8 @@ model rewards by mistake (Gao, Schulman and Hilton 2023, "Scaling Laws for Rewar
 Overoptimization", who draw both scores against the square root of KL). To see it one needs a
 *measure* that training never sees: a gold score, or a second reward model of another seed or
 another half of the data (`evaluation.second_rm`). `Course` follows a run from evaluation to
-evaluation, says by name what goes wrong, marks the knee, and knows which step is best.
+evaluation, says by name what goes wrong, and marks the knee.
+The best step is `ppo.worth`'s to choose.
 
 Differences are of the same prompts answered with the same noise, so their intervals are those of
 paired differences.
@@ -79,7 +80,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Warning:
+class Alarm:
     """Something that goes wrong, at the step where it was first seen."""
 
     step: int
@@ -104,7 +105,7 @@ class Course:
 
     measure: str | None
     points: list[dict[str, float | None]] = field(default_factory=list)
-    warnings: list[Warning] = field(default_factory=list)
+    warnings: list[Alarm] = field(default_factory=list)
     first: Evaluation | None = None
     peak: Evaluation | None = None
     fell: bool = False
@@ -119,7 +120,7 @@ class Course:
 
     # ------------------------------------------------------------ while it trains
 
-    def see(self, now: Evaluation) -> list[Warning]:
+    def see(self, now: Evaluation) -> list[Alarm]:
         """Add an evaluation; what is wrong for the first time.
 
         The first one is the SFT model's, which the later ones are compared with.
@@ -134,7 +135,7 @@ class Course:
         self.recent = [*self.recent[1 - MEMORY :], now]
         known = {warning.name for warning in self.warnings}
         found = {name: rule(self, now) for name, rule in RULES.items() if name not in known}
-        new = [Warning(now.step, name, text) for name, text in found.items() if text is not None]
+        new = [Alarm(now.step, name, text) for name, text in found.items() if text is not None]
         self.warnings += new
         return new
 
@@ -164,7 +165,7 @@ class Course:
         for name in ("first", "peak", "plateau"):
             given[name] = given[name] and Evaluation(**given[name])
         given["recent"] = [Evaluation(**evaluation) for evaluation in given["recent"]]
-        given["warnings"] = [Warning(**warning) for warning in given["warnings"]]
+        given["warnings"] = [Alarm(**warning) for warning in given["warnings"]]
         return cls(**given)
 
     def text(self) -> str:
@@ -190,7 +191,7 @@ Rule = Callable[[Course, Evaluation], str | None]
 
 def _over_optimised(course: Course, now: Evaluation) -> str | None:
     """The score rose since the peak, and the measure fell."""
-    if not course.fell or course.peak is None or course.first is None:
+    if not course.fell or course.peak is None:
         return None
     step, fall = course.peak.step, _change(now, course.peak)
     return (

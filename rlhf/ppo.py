@@ -26,6 +26,7 @@ from rlhf.errors import StoppedByGuard
 from rlhf.masking import masked_mean, masked_whiten
 from rlhf.methods import lora
 from rlhf.methods.settings import MethodConfig
+from rlhf.overoptimisation import distinct
 from rlhf.ranks import rank, rows_per_pass, world_size
 from rlhf.rewards import Rewards, Verdict, last_turn
 from rlhf.roles import Roles
@@ -416,16 +417,9 @@ def _describe(batch: Batch, targets: Tensor, kl_coef: float, *, critic: bool) ->
 
 
 def _distinct_bigrams(batch: Batch) -> float:
-    seen: set[tuple[int, int]] = set()
-    total = 0
-    for answers in engine.gather_objects(
-        [r[m].tolist() for r, m in zip(batch.responses, batch.response_mask, strict=True)]
-    ):
-        for ids in answers:
-            pairs = list(itertools.pairwise(ids))
-            seen.update(pairs)
-            total += len(pairs)
-    return len(seen) / max(1, total)
+    own = [r[m].tolist() for r, m in zip(batch.responses, batch.response_mask, strict=True)]
+    answers = [ids for part in engine.gather_objects(own) for ids in part]
+    return distinct(answers) if any(len(ids) > 1 for ids in answers) else 0.0
 
 
 # ---------------------------------------------------------------- update

@@ -8,10 +8,11 @@ are drawn again with replacement, and both answers to a prompt stay together (Ef
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from rlhf.intervals import Mean
 
 RESAMPLES = 5000
 LEVEL = 0.95
@@ -21,13 +22,8 @@ PRIOR_STD = 10.0  # of the length coefficient; see benchmarks/length_control.py
 Numbers = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A number and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+class Interval(Mean):
+    """A number and its 95 % interval, by resampling."""
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"

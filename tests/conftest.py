@@ -52,6 +52,13 @@ def _a_home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 
 @pytest.fixture(scope="module")
+def module_patch() -> Iterator[pytest.MonkeyPatch]:
+    """`monkeypatch` for what a module makes once."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     """A group of one process, as a stage starts it; the environment is put back afterwards."""
     from rlhf import engine

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 from stub_endpoint import longer, says, serving
-from test_stages import SMALL, module_patch, run_line, run_stage
+from test_stages import SMALL, run_line, run_stage
 
 from rlhf import cli, endpoint, head_to_head, models, outcomes
 from rlhf.errors import ConfigError
 from rlhf.registry import Registry
-
-__all__ = ["module_patch"]  # a fixture
 
 KEY = "sk-very-secret-0123456789"
 ROWS = [

@@ -58,12 +58,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def module_patch():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
 def line(tmp_path_factory, module_patch) -> Path:
     """A finished line of work."""
     runs = tmp_path_factory.mktemp("runs")

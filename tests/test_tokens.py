@@ -547,12 +547,6 @@ def stage(patch, runs, name, *overrides):
 
 
 @pytest.fixture(scope="module")
-def module_patch():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
 def line(tmp_path_factory, module_patch) -> Path:
     """All three stages, in ChatML."""
     runs = tmp_path_factory.mktemp("runs")
