@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 
 from rlhf.manifest import BaseModel, TokenizerFacts
+from rlhf.metrics import METRICS
 from rlhf.registry import Registry
 from rlhf.run import open_run
-from rlhf.tracking import METRICS
 
 RUNS, STEPS, EVERY = 20, 10_000, 100
 LOGGED = ("objective/", "policy/", "loss/", "val/", "response/", "time/", "perf/", "episode")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import rich.box
 from rich.table import Table
 
-from rlhf.tracking import METRICS
+from rlhf.metrics import METRICS
 
 TREND = 16  # values in the small plot of a number
 RECENT = f"last {TREND}"  # the head of its column

@@ -1,7 +1,7 @@
 """`rlhf dashboard`: a saved W&B workspace that compares runs; its definition is `PANELS`.
 
 The only file that imports wandb_workspaces (the extra `dashboard`), in the functions that need it.
-Names are those of `tracking.METRICS`, and so are units.
+Names are those of `metrics.METRICS`, and so are units.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf import tracking
 from rlhf.errors import ConfigError
-from rlhf.tracking import METRICS
+from rlhf.metrics import METRICS
 
 # The columns of the table of runs, beside their names.
 COLUMNS = (

@@ -381,7 +381,7 @@ def _whiten(x: Tensor, mask: Tensor, *, subtract_mean: bool) -> Tensor:
 
 
 def _describe(batch: Batch, targets: Tensor, kl_coef: float, *, critic: bool) -> dict[str, float]:
-    """The objective's numbers over all processes; see `tracking.METRICS` for each."""
+    """The objective's numbers over all processes; see `metrics.METRICS` for each."""
     mask = batch.response_mask
     sequences = engine.sum_over_ranks(mask.new_tensor(len(batch), dtype=torch.double))
     tokens = engine.sum_over_ranks(mask.sum().double())
@@ -595,7 +595,7 @@ SHOWN = 10_000  # values of a distribution, at most, of each process
 
 
 def distributions(batch: Batch, ratios: list[Tensor]) -> dict[str, list[float]]:
-    """What `tracking.HISTOGRAMS` shows of a step, of all processes; each of them calls it.
+    """What `metrics.HISTOGRAMS` shows of a step, of all processes; each of them calls it.
 
     Args:
         batch: with advantages.

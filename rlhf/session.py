@@ -25,9 +25,10 @@ from rlhf.console import Console
 from rlhf.data import Split
 from rlhf.errors import RegistryError, StoppedByGuard
 from rlhf.manifest import MANIFEST, BaseModel, DataFacts, TokenizerFacts, git_commit, now
+from rlhf.metrics import METRICS
 from rlhf.registry import Published, Registry
 from rlhf.run import Run, open_run
-from rlhf.tracking import METRICS, Tracker
+from rlhf.tracking import Tracker
 
 if TYPE_CHECKING:
     from rlhf.card import Card

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from rlhf import cli, dashboard, tracking
 from rlhf.errors import ConfigError
-from rlhf.tracking import METRICS
+from rlhf.metrics import METRICS
 
 
 @pytest.fixture(scope="module")

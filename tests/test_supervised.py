@@ -17,9 +17,9 @@ from rlhf.config import EngineConfig, TrainConfig
 from rlhf.console import Console
 from rlhf.keeper import Keeper
 from rlhf.methods.settings import FullConfig, LoraConfig
+from rlhf.metrics import METRICS
 from rlhf.registry import Registry
 from rlhf.run import open_run
-from rlhf.tracking import METRICS
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

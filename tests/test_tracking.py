@@ -20,7 +20,8 @@ from wandb_files import inside, items, parts, records, rows
 
 from rlhf import tracking
 from rlhf.errors import ConfigError, StoppedByGuard
-from rlhf.tracking import METRICS, Tracker, find_key
+from rlhf.metrics import METRICS
+from rlhf.tracking import Tracker, find_key
 
 KEY = "0123456789abcdef" * 3
 # "Metrics" in DESIGN.md, word for word.

@@ -15,8 +15,9 @@ from test_stages import SMALL, run_stage
 from wandb_files import inside, items, parts, rows
 
 import rlhf
+from rlhf.metrics import METRICS
 from rlhf.registry import Registry
-from rlhf.tracking import METRICS, Tracker
+from rlhf.tracking import Tracker
 
 PPO = [
     *SMALL["ppo"],

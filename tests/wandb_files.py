@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.tracking import METRICS
+from rlhf.metrics import METRICS
 
 
 def parse_records(raw: bytes) -> list[Any]:

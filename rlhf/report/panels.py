@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.metrics import METRICS
 from rlhf.report import thin
 from rlhf.report.collect import Run
 from rlhf.report.files import Card, Curve, Interval, Point, number
-from rlhf.tracking import METRICS
 
 Numbers = NDArray[np.float64]
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from rlhf.manifest import Manifest
+from rlhf.metrics import METRICS
 from rlhf.report.collect import Report, Run
 from rlhf.report.curves import GREY, style
 from rlhf.report.files import Card, Evaluation, Interval, Row, Slice
-from rlhf.tracking import METRICS
 
 HEADLINES = ("eval/loss", "eval/accuracy", "eval/gold", "eval/win_rate", "eval/score", "eval/kl")
 STATES = {"stopped": "stopped by a guard"}
