@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_stages import run_stage
+from small_line import run_stage
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_stages import run_stage
+from small_line import run_stage
 
 from rlhf import data, evaluate, golden, models, text
 from rlhf.adopt import adopt

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import ROOT, SMALL, numbers
+from small_line import ROOT, SMALL, numbers
 
 pytestmark = pytest.mark.slow
 

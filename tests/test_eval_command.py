@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_line import SMALL, run_line, run_stage
 from stub_endpoint import longer, says, serving
-from test_stages import SMALL, run_line, run_stage
 
 from rlhf import cli, endpoint, head_to_head, models, outcomes
 from rlhf.errors import ConfigError

@@ -18,7 +18,7 @@ import pytest
 import torch
 from launching import start_ranks
 from safetensors.torch import load_file
-from test_stages import ROOT, numbers
+from small_line import ROOT, numbers
 
 # Fifty rows are three steps and a rest; two processes share 200 held-out rows in parts of 8.
 ROWS = ["train.max_steps=4", "data.max_rows=50", "train.batch_size=16"]

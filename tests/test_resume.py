@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import SMALL, numbers, run_stage
+from small_line import SMALL, numbers, run_stage
 from typer.testing import CliRunner
 
 from rlhf import cli
@@ -244,8 +244,8 @@ def test_a_reward_model_may_start_from_a_checkpoint(diverged, monkeypatch, capfd
 
 
 def test_ppo_publishes_the_best_within_the_kl_budget(unbroken, monkeypatch):
-    every = "ppo.eval_every=1"
-    assert run(monkeypatch, unbroken, "ppo", "run_name=free", every, "data.gold=null") == 0
+    given = ["seed=1", "ppo.eval_every=1", "data.gold=null"]
+    assert run(monkeypatch, unbroken, "ppo", "run_name=free", *given) == 0
     lines = numbers(unbroken, "ppo", "free")
     best = max(lines, key=lambda line: line["eval/score"])
     manifest = Registry(unbroken).resolve("ppo/free").manifest
@@ -255,10 +255,9 @@ def test_ppo_publishes_the_best_within_the_kl_budget(unbroken, monkeypatch):
     budget = best["eval/kl"] - 1e-3  # which the best one is beyond
     allowed = [line for line in lines if line["eval/kl"] <= budget]
     expected = max(allowed, key=lambda line: line["eval/score"]) if allowed else lines[-1]
-    overrides = ["run_name=budget", every, f"ppo.kl_budget={budget}"]
     assert budget > 0, "pick another seed"
-    overrides += ["stop.patience=9", "data.gold=null"]  # it is not to stop
-    assert run(monkeypatch, unbroken, "ppo", *overrides) == 0
+    given += [f"ppo.kl_budget={budget}", "stop.patience=9"]  # it is not to stop
+    assert run(monkeypatch, unbroken, "ppo", "run_name=budget", *given) == 0
     manifest = Registry(unbroken).resolve("ppo/budget").manifest
     assert manifest.model_is == ("best" if allowed else "last")
     assert manifest.metrics["eval/score"] == pytest.approx(expected["eval/score"], abs=1e-4)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_stages import ROOT, run_stage
+from small_line import ROOT, few_rows, run_stage
 from transformers import AutoModelForSequenceClassification
 
 from rlhf import ppo, rollout
@@ -42,20 +42,11 @@ def patch():
         yield patch
 
 
-def few_rows(stage: str, folder: Path) -> str:
-    """The tiny world's data, cut short: what is trained here need not be good."""
-    folder.mkdir(parents=True)
-    for split in ("train", "validation"):
-        rows = (ROOT / "data" / "tiny" / stage / f"{split}.jsonl").read_text().splitlines()[:16]
-        (folder / f"{split}.jsonl").write_text("\n".join(rows))
-    return f"data.path={folder}"
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, patch) -> Path:
     """An SFT run and no reward model."""
     runs = tmp_path_factory.mktemp("runs")
-    rows = few_rows("sft", runs / "rows" / "sft")
+    rows = f"data.path={few_rows(runs / 'rows', 'sft', (16, 16))}"
     small = ["train.max_steps=1", "train.batch_size=8", "train.micro_batch_size=8"]
     fixed = [f"runs_dir={runs}", "tracking=off", rows, *small]
     assert run_stage(patch, "sft", *fixed, "evaluation.prompts=0") == 0
@@ -66,7 +57,7 @@ def alone(tmp_path_factory, patch) -> Path:
 def pair(alone, patch) -> Path:
     """Beside it, two reward models that differ."""
     small = ["train.max_steps=2", "train.batch_size=8", "train.micro_batch_size=8"]
-    rows = few_rows("rm", alone / "rows" / "rm")
+    rows = f"data.path={few_rows(alone / 'rows', 'rm', (16, 16))}"
     fixed = [f"runs_dir={alone}", "tracking=off", rows, *small]
     for seed, name in enumerate(("tiny", "other")):
         assert run_stage(patch, "rm", *fixed, f"seed={seed}", f"run_name={name}") == 0

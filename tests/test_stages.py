@@ -2,51 +2,13 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = {
-    "sft": ["train.max_steps=3", "data.max_rows=192", "evaluation.prompts=8"],
-    "rm": ["train.max_steps=3", "data.max_rows=96", "card.probe_pairs=8"],
-    "ppo": [
-        "ppo.steps=2",
-        "ppo.batch_size=8",
-        "ppo.micro_batch_size=4",
-        "ppo.minibatches=2",
-        "ppo.epochs=2",
-        "sampling.max_new_tokens=12",
-        "evaluation.prompts=6",
-    ],
-}
-
-
-def run_stage(monkeypatch, stage: str, *overrides: str) -> int:
-    """`python stages/<stage>.py <overrides>` in this process; the exit code."""
-    monkeypatch.setattr(sys, "argv", [f"stages/{stage}.py", *overrides])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "stages" / f"{stage}.py"), run_name="__main__")
-    return int(stopped.value.code or 0)
-
-
-def run_line(monkeypatch, runs: Path, *overrides: str) -> dict[str, int]:
-    """All three stages under one name."""
-    fixed = [f"runs_dir={runs}", "tracking=off", *overrides]
-    return {stage: run_stage(monkeypatch, stage, *fixed, *SMALL[stage]) for stage in SMALL}
-
-
-def numbers(runs: Path, stage: str, name: str = "tiny") -> list[dict[str, object]]:
-    """metrics.jsonl without what a clock or a machine decides."""
-    lines = (runs / stage / name / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))}
-        for line in lines
-    ]
+from small_line import SMALL, numbers, run_line, run_stage
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -86,7 +48,7 @@ def test_the_reward_model_has_a_report_card_and_ppo_says_so(line):
     assert "card.json" in rm.manifest.files
     made = card.read(rm.path)
     assert made.facts == rm.manifest.card
-    assert (made.split, made.pairs) == ("test", 400)
+    assert (made.split, made.pairs) == ("test", 40)
     assert made.accuracy.value == rm.manifest.metrics["eval/accuracy"]
     assert made.baselines["longer"].value == rm.manifest.metrics["eval/accuracy_longer"]
     assert made.calibration.ece == rm.manifest.metrics["eval/ece"]
@@ -110,7 +72,7 @@ def test_a_second_reward_model_is_compared_with_the_first(line, monkeypatch, cap
     more = ["run_name=seeds", "seed=1", "card.agree_with=[rm/twin,rm/tiny]"]
     assert run_stage(monkeypatch, "rm", *given, *more) == 0
     found = card.read(line / "rm/seeds").agreement
-    assert [(one.reference, one.pairs) for one in found] == [("rm/twin", 400), ("rm/tiny", 400)]
+    assert [(one.reference, one.pairs) for one in found] == [("rm/twin", 40), ("rm/tiny", 40)]
     assert found[0].value == found[1].value > 0.5  # twins
     assert "agreement with rm/twin" in capfd.readouterr().out
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_line import ROOT, SMALL, few_rows, run_stage
 from test_registry import flip
-from test_stages import ROOT, SMALL, run_stage
 
 from rlhf import cli, contract, manifest, models, parts
 from rlhf.errors import RegistryError
@@ -32,15 +32,6 @@ FASTER = {
     "ppo": ["ppo.steps=1", "evaluation.prompts=2"],
 }
 CULPRITS = ("tokenizer", "template", "head", "adapter", "base")
-
-
-def few_rows(folder: Path, stage: str) -> Path:
-    """The first rows of the tiny world's data for `stage`."""
-    (folder / stage).mkdir(parents=True, exist_ok=True)
-    for split, rows in zip(("train", "validation", "test"), ROWS[stage], strict=False):
-        lines = (ROOT / "data/tiny" / stage / f"{split}.jsonl").read_text().splitlines()[:rows]
-        (folder / stage / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / stage
 
 
 def another_base(folder: Path) -> Path:
@@ -66,11 +57,12 @@ def another_base(folder: Path) -> Path:
 def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """A factory: the overrides for a stage with `runs` as its registry."""
     data = tmp_path_factory.mktemp("data")
-    paths = {stage: few_rows(data, stage) for stage in SMALL}
+    paths = {stage: few_rows(data, stage, ROWS[stage]) for stage in SMALL}
 
     def make(runs: Path, stage: str, *more: str) -> list[str]:
-        fixed = [f"runs_dir={runs}", "tracking=off", f"data.path={paths[stage]}"]
-        return [*fixed, *SMALL[stage], *FASTER[stage], *more]
+        fixed = [f"runs_dir={runs}", "tracking=off"]
+        rows = f"data.path={paths[stage]}"
+        return [*fixed, *SMALL[stage], *FASTER[stage], rows, *more]
 
     return make
 

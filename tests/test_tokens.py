@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_stages import SMALL, numbers, run_stage
+from small_line import SMALL, numbers, run_stage
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_stages import SMALL, run_stage
+from small_line import SMALL, run_stage
 from wandb_files import inside, items, parts, rows
 
 import rlhf

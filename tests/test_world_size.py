@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from launching import start_ranks
+from small_line import ROOT, numbers, run_stage
 from test_matrix import SIZES, worst
-from test_stages import ROOT, numbers, run_stage
 
 STAGES = list(SIZES)
 ENGINES = {"full": (0, 1, 2, 3), "lora": (0, 2, 3)}
