@@ -10,12 +10,14 @@ TORCH  ?= torch==2.13.*
 
 RUN    ?= tiny
 NPROC  ?= 1
+# Processes that run tests, each a whole file at a time.
+WORKERS ?= 2
 STAGE   = NPROC=$(NPROC) $(BIN)/python stages
 
 help: ## list the targets and dials
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  dials: RUN=$(RUN)  SFT_ARGS= RM_ARGS= PPO_ARGS= (Hydra overrides)  NPROC=$(NPROC)  TORCH='$(TORCH)'"
+	@echo "  dials: RUN=$(RUN)  SFT_ARGS= RM_ARGS= PPO_ARGS= (Hydra overrides)  NPROC=$(NPROC)  TORCH='$(TORCH)'  WORKERS=$(WORKERS) (tests)"
 	@echo "  e.g.   make sft rm ppo RUN=a PPO_ARGS='seed=1 ppo.kl_coef=0.1'"
 
 setup: $(VENV)/.ready ## make .venv and install everything (a second time: nothing to do)
@@ -32,8 +34,8 @@ check: setup ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup ## tests, a few minutes, no network and no GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu and not browser"
+test: setup ## tests, about ten minutes, no network and no GPU
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not browser"
 
 test-slow: setup ## every test that this machine can run
 	$(BIN)/python -m pytest -m "not browser"
