@@ -435,6 +435,14 @@ def test_a_name_in_the_data_cannot_end_its_element(registry: Registry):
     assert json.loads(text) == data
 
 
+def test_half_a_surrogate_pair_is_a_question_mark(registry: Registry, tmp_path: Path):
+    rows = reported.samples(0, 2)
+    rows[0]["ppo"] = rows[1]["prompt"] = "half \ud800 a pair"
+    publish(registry, "ppo/x", samples=rows)
+    page.write(registry, ["ppo/x"], tmp_path / "x.html")
+    assert (tmp_path / "x.html").read_text(encoding="utf-8").count("half ? a pair") == 2
+
+
 # ---------------------------------------------------------------- size, and where it goes
 
 

@@ -234,8 +234,9 @@ def number(value: Any) -> float | None:
 
 
 def text(value: Any) -> str:
-    """A string as it is; anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A string as it is, half surrogate pairs as "?"; anything else as JSON."""
+    found = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return found.encode("utf-8", "replace").decode()
 
 
 def interval(given: Any) -> Interval:

@@ -231,7 +231,7 @@ class _Parts:
             )
             if there
         ]
-        return self.template.render(context)
+        return self.template.render(context).encode("utf-8", "replace").decode()
 
 
 def _json(data: Any) -> str:
