@@ -194,11 +194,12 @@ def _over_optimised(course: Course, now: Evaluation) -> str | None:
     if not course.fell or course.peak is None:
         return None
     step, fall = course.peak.step, _change(now, course.peak)
+    since = f"step {step}" if step else "the SFT model (step 0)"
     return (
-        f"since step {step} the held-out score rose by {_gain(now, course.peak):.3g} while "
+        f"since {since} the held-out score rose by {_gain(now, course.peak):.3g} while "
         f"{course.measure} fell by {-fall.value:.3g} (95 % {-fall.high:.3g} to {-fall.low:.3g}): "
-        f"the policy learns what the reward model gets wrong. @best is step {step}; a higher "
-        "ppo.kl_coef, fewer ppo.steps or a better reward model help."
+        f"the policy learns what the reward model gets wrong. @best goes by {course.measure}; a "
+        "higher ppo.kl_coef, fewer ppo.steps or a better reward model help."
     )
 
 

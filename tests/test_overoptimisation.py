@@ -54,7 +54,15 @@ def test_gold_that_falls_while_the_score_rises():
     )
     assert low < 0.2 < high
     assert fall == pytest.approx(0.2, abs=0.03)
-    assert "@best is step 20" in text
+    assert "@best goes by gold" in text
+
+
+def test_gold_that_falls_from_the_start():
+    """No checkpoint is as good as the SFT model, and none is called so."""
+    said, whole = course(evaluation(0, 0, 0), evaluation(10, 1, -0.5))
+    assert said[1] == ["over-optimised"]
+    assert whole.knee == {"step": 0, "kl": 0.0}
+    assert whole.warnings[0].text.startswith("since the SFT model (step 0) the held-out score rose")
 
 
 def test_gold_that_stands_still_while_the_score_rises():
