@@ -1,30 +1,22 @@
 """`rlhf ...`: look at runs, compare their answers, adopt what was made elsewhere, remove what
 nothing needs; `doctor`.
 
-Only `adopt` and `eval` load a weight; only they and `doctor` import torch.
+What only some commands need is imported there. Only `adopt` and `eval` load a weight; only they and
+`doctor` import torch.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 import rlhf
+from rlhf import describe
 from rlhf.errors import ConfigError, RegistryError, RLHFError
-from rlhf.manifest import Manifest, checkpoint_folders
-from rlhf.registry import Registry, RunInfo, default_runs_dir
-
-if TYPE_CHECKING:  # what only some commands need is imported there
-    from rlhf.cleanup import Item
-    from rlhf.compare import Comparison
-    from rlhf.lineage import Ancestor, Child
-
-# What tells most about a run of a stage, in reading order; `ls` shows those that were measured.
-HEADLINES = ("eval/loss", "eval/accuracy", "eval/gold", "eval/win_rate", "objective/kl")
+from rlhf.registry import Registry, default_runs_dir
+from rlhf.tables import print_json, print_json_list, print_table
 
 app = typer.Typer(
     help="Look at runs: what there is, how each was made, whether it is sound, what may go.",
@@ -67,26 +59,28 @@ def list_runs(
     registry = _registry(runs_dir)
     runs = registry.runs(stage)
     if as_json:
-        _print_json_list(_as_dict(run) for run in runs)
+        print_json_list(describe.as_dict(run) for run in runs)
         return
     if not runs:
         print(f"No {stage + ' ' if stage else ''}runs in {registry.runs_dir}. `make` lists how.")
         return
-    shown = [name for name in HEADLINES if any(name in _metrics(run) for run in runs)]
+    shown = [
+        name for name in describe.HEADLINES if any(name in describe.metrics(run) for run in runs)
+    ]
     rows = []
     for run in runs:
         made = run.manifest
         rows.append(
             (
                 run.reference,
-                _state(run),
-                _when(made.finished) if made else "",
+                describe.state(run),
+                describe.when(made.finished) if made else "",
                 ", ".join(parent.reference for parent in made.parents) if made else "",
                 made.method.name if made else "",
-                *(_number(_metrics(run).get(name)) for name in shown),
+                *(describe.number(describe.metrics(run).get(name)) for name in shown),
             )
         )
-    _print_table(("run", "state", "finished", "from", "method", *shown), rows)
+    print_table(("run", "state", "finished", "from", "method", *shown), rows)
     for run in runs:
         if run.problem:
             print(f"damaged: {run.problem}", file=sys.stderr)
@@ -102,24 +96,28 @@ def show(
 
     run = _registry(runs_dir).resolve(reference)
     made = run.manifest
-    facts = [*_facts(made).items(), ("folder", str(run.path)), ("manifest sha256", run.digest)]
-    _print_table(("", run.reference), facts)
+    facts = [
+        *describe.facts(made).items(),
+        ("folder", str(run.path)),
+        ("manifest sha256", run.digest),
+    ]
+    print_table(("", run.reference), facts)
     if made.metrics:
         print()
-        _print_table(("metric", "value"), [(n, _number(v)) for n, v in made.metrics.items()])
+        print_table(("metric", "value"), [(n, describe.number(v)) for n, v in made.metrics.items()])
     if measured := card.read(run.path):
         print()
-        _print_table(("report card", "pairs", "value", "95 %"), card.table(measured))
+        print_table(("report card", "pairs", "value", "95 %"), card.table(measured))
     if made.data:
         rows = []
         for part in made.data:
             dropped = ", ".join(f"{count} {reason}" for reason, count in part.dropped.items())
             rows.append((part.source, part.split, str(part.rows), dropped or "0", part.fingerprint))
         print()
-        _print_table(("data", "split", "rows used", "dropped", "fingerprint"), rows)
+        print_table(("data", "split", "rows used", "dropped", "fingerprint"), rows)
     files = [(name, f"{file.size:,}", file.sha256) for name, file in made.files.items()]
     print()
-    _print_table(("file", "bytes", "sha256"), files)
+    print_table(("file", "bytes", "sha256"), files)
 
 
 @app.command()
@@ -163,19 +161,19 @@ def lineage(
     users = lineage.children(members, run.reference, run.digest)
     blind = lineage.unreadable(members, besides=run.reference)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "reference": run.reference,
-                "runs": [_ancestor_dict(each) for each in line],
+                "runs": [describe.ancestor_dict(each) for each in line],
                 "used_by": users,
                 "unreadable": blind,
             }
         )
         return
-    print("\n".join(_tree(line)))
+    print("\n".join(describe.tree(line)))
     print(f"\nused by{'' if users else ' no run'}")
     for user in users:
-        print(f"  {_user_text(user)}")
+        print(f"  {describe.user_text(user)}")
     if blind:
         print(f"cannot be read, and might use it: {', '.join(blind)}")
 
@@ -194,9 +192,9 @@ def diff(
     found = compare(_registry(runs_dir), left, right)
     if as_json:
         metrics = [vars(pair) | {"change": pair.change} for pair in found.metrics]
-        _print_json(vars(found) | {"metrics": metrics, "same": found.same})
+        print_json(vars(found) | {"metrics": metrics, "same": found.same})
         return
-    _print_comparison(found)
+    describe.print_comparison(found)
 
 
 @app.command("eval")
@@ -237,11 +235,11 @@ def evaluate(
     runs_dir: RunsDir = None,
 ) -> None:
     """Let two policies answer the same held-out prompts, and a judge say whose are better."""
-    from rlhf import head_to_head, outcomes
+    from rlhf import eval_plan, head_to_head, outcomes
     from rlhf.console import Console
 
     registry, console = _registry(runs_dir), Console()
-    options = head_to_head.Options(
+    options = eval_plan.Options(
         judge=judge,
         prompts=prompts,
         data=data,
@@ -260,12 +258,12 @@ def evaluate(
             "prices": (price_in, price_out),
         },
     )
-    plan = head_to_head.prepare(registry, references, against, options)
+    plan = eval_plan.prepare(registry, references, against, options)
     results = head_to_head.play(plan, console)
     if as_json:
-        _print_json_list(results)
+        print_json_list(results)
     else:
-        outcomes.show(results, _print_table)
+        outcomes.show(results)
     outcomes.store_all(registry, results, console)
 
 
@@ -314,8 +312,8 @@ def gc(
     left = [] if dry_run else cleanup.discard(registry, found.remove)
     skipped = {item.path for item in left}
     gone = [item for item in found.remove if item.path not in skipped]
-    _print_items("would be removed" if dry_run else "removed", gone)
-    _print_items("kept", [*found.keep, *left])
+    describe.print_items("would be removed" if dry_run else "removed", gone)
+    describe.print_items("kept", [*found.keep, *left])
     for name in found.unreadable:
         print(
             f"{name}: what it started from cannot be read, so only leftovers go. Restore its "
@@ -323,7 +321,7 @@ def gc(
             file=sys.stderr,
         )
     verb = "--dry-run: nothing was removed; it would be" if dry_run else "removed:"
-    print(f"{verb} {_sum(gone)}")
+    print(f"{verb} {describe.total(gone)}")
 
 
 @app.command()
@@ -340,7 +338,7 @@ def rm(
 
     item = cleanup.remove(_registry(runs_dir), reference, dry_run=dry_run)
     verb = "--dry-run: nothing was removed; it would be" if dry_run else "removed:"
-    print(f"{verb} {item.name}, {_bytes(item.bytes)}")
+    print(f"{verb} {item.name}, {describe.bytes_text(item.bytes)}")
 
 
 @app.command("export-run")
@@ -432,7 +430,7 @@ def sync(
     registry = _registry(runs_dir)
     found = sync.parts(registry, sync.choose(registry, references or []))
     if dry_run or not any(part.state == "to upload" for part in found):
-        _print_table(
+        print_table(
             ("run", "tracked offline", ""),
             [(part.reference, part.folder.name, part.state) for part in found],
         )
@@ -459,7 +457,7 @@ def dashboard(
         print(dashboard.as_json(project, entity, name))
     elif dry_run:
         rows = [(one.section, one.title, ", ".join(one.y), one.x) for one in dashboard.PANELS]
-        _print_table(("section", "panel", "shows", "against"), rows)
+        print_table(("section", "panel", "shows", "against"), rows)
     else:
         print(dashboard.save(project, entity, name))
 
@@ -480,21 +478,21 @@ def doctor(
         return
     found = doctor.examine(runs_dir if runs_dir is not None else default_runs_dir())
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         libraries = [
             (one.name, one.installed or "missing", one.needs, "" if one.fits else "does not fit")
             for one in found.libraries
         ]
-        _print_table(("library", "installed", "needed", ""), libraries)
+        print_table(("library", "installed", "needed", ""), libraries)
         print()
-        _print_table(("this machine", ""), list(found.machine.items()))
+        print_table(("this machine", ""), list(found.machine.items()))
         print()
         rules = [
             (rule["name"], rule["does"], rule["what"], rule["way_out"], "\n".join(rule["issues"]))
             for rule in found.rules
         ]
-        _print_table(("rule", "", "what is set", "way out", "public reports"), rules)
+        print_table(("rule", "", "what is set", "way out", "public reports"), rules)
         print()
     if found.problems:
         raise ConfigError(" ".join(found.problems))
@@ -502,314 +500,8 @@ def doctor(
         print("Sound: nothing here would stop every run. Why each rule: docs/guards.md.")
 
 
-# ---------------------------------------------------------------- how things are shown
-
-
 def _registry(runs_dir: str | None) -> Registry:
     return Registry(runs_dir if runs_dir is not None else default_runs_dir())
-
-
-def _as_dict(run: RunInfo) -> dict[str, Any]:
-    """A run for a script."""
-    return {
-        "reference": run.reference,
-        "stage": run.stage,
-        "run_name": run.run_name,
-        "path": str(run.path),
-        "state": run.state,
-        "problem": run.problem,
-        "manifest": run.manifest,
-    }
-
-
-def _ancestor_dict(run: Ancestor) -> dict[str, Any]:
-    """A run of a line for a script; the whole manifest is in `ls --json`."""
-    made = run.manifest
-    return {
-        "reference": run.reference,
-        "state": run.state,
-        "problem": run.problem,
-        "parents": run.parents,
-        "base": made.base if made else None,
-        "method": made.method if made else None,
-        "data": made.data if made else None,
-        "metrics": made.metrics if made else None,
-        "finished": made.finished if made else None,
-    }
-
-
-def _tree(line: list[Ancestor]) -> list[str]:
-    """The base model and under it what was made of it; what is met again is a name and (above)."""
-    below: dict[str, list[str]] = {run.reference: [] for run in line}
-    for run in line:
-        for name in dict.fromkeys(link.reference for link in run.parents):
-            below[name].append(run.reference)
-    about = {run.reference: run for run in line}
-    corner, tee, bar = _glyphs("└── ", "├── ", "│   ")
-    lines: list[str] = []
-    seen: set[str] = set()
-    tops = [run for run in line if not run.parents]
-    for top in [*tops, *line]:  # all of them are below the tops, but for names in a circle
-        if top.reference in seen:
-            continue
-        made = top.manifest or line[-1].manifest
-        if made and (base := f"base model {_short(_base_text(made))}") not in lines:
-            lines.append(base)
-        waiting = [(top.reference, "", top not in tops[:-1])]
-        while waiting:
-            name, indent, is_last = waiting.pop()
-            lines.append(indent + (corner if is_last else tee) + _title(about[name], line, seen))
-            if name in seen:
-                continue
-            seen.add(name)
-            indent += "    " if is_last else bar
-            more = bar if below[name] else "    "
-            lines += [indent + more + text for text in _details(about[name])]
-            kids = [(kid, indent, kid == below[name][-1]) for kid in below[name]]
-            waiting += reversed(kids)
-    return [_printable(text) for text in lines]
-
-
-def _title(run: Ancestor, line: list[Ancestor], seen: set[str]) -> str:
-    """A run's line in the tree: its name and, in words, what is wrong with it."""
-    if run.reference in seen:
-        return f"{run.reference} (above)"
-    words = [] if run.state == "sound" else [run.state]
-    words += [
-        f"changed since {child.reference} started from it"
-        for child in line
-        for link in child.parents
-        if link.reference == run.reference and link.state == "changed"
-    ]
-    return run.reference + (f"  ({'; '.join(words)})" if words else "")
-
-
-def _details(run: Ancestor) -> list[str]:
-    made = run.manifest
-    problem = [(run.problem or "").replace("\n", " ")] if run.state == "damaged" else []
-    if made is None:
-        return problem
-    parents = [
-        f"{link.role} {link.reference}" + ("" if link.state == "sound" else f" ({link.state})")
-        for link in run.parents
-    ]
-    metrics = [f"{n} {_number(made.metrics[n])}" for n in HEADLINES if n in made.metrics]
-    data = [f"data     {p.source}, {p.split}: {p.rows:,} rows" for p in made.data]
-    return [
-        *problem,
-        *([f"from     {', '.join(parents)}"] if parents else []),
-        f"method   {_method_text(made)}",
-        *data,
-        *([f"metrics  {', '.join(metrics)}"] if metrics else []),
-    ]
-
-
-def _user_text(user: Child) -> str:
-    words = [f"as {user.role}" if user.role else ""]
-    words += [f"from {user.parent}"] if "@" in user.parent else []
-    words += [user.state] if user.state != "finished" else []
-    words += ["which was another then"] if user.stale else []
-    return f"{user.reference} {', '.join(words)}"
-
-
-def _print_comparison(found: Comparison) -> None:
-    """Each part of two runs: a table of what differs, or that it is the same."""
-    if found.same:
-        print(f"{found.left} and {found.right} are the same in all that can change results.\n")
-    for part in ("config", "parents", "data", "environment"):
-        rows = [
-            (d.name, _value(d.left), _value(d.right), "" if d.matters else "no change of results")
-            for d in getattr(found, part)
-        ]
-        if rows:
-            _print_table((part, found.left, found.right, ""), rows)
-        else:
-            print(f"{part}: the same")
-        print()
-    metrics = [
-        (m.name, _number(m.left), _number(m.right), "" if m.change is None else f"{m.change:+.4g}")
-        for m in found.metrics
-    ]
-    if metrics:
-        _print_table(("metric", found.left, found.right, "difference"), metrics)
-    if all(m.left == m.right for m in found.metrics):
-        print("metrics: the same" if metrics else "metrics: none")
-
-
-def _value(value: Any) -> str:
-    """A setting as it is written in a command."""
-    import json
-
-    return _short(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _short(text: str) -> str:
-    """`text` with each sha256 in it cut to 12 digits."""
-    import re
-
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", text)
-
-
-def _print_items(title: str, items: list[Item]) -> None:
-    if items:
-        rows = [(item.name, item.kind, f"{item.bytes:,}", item.why) for item in items]
-        _print_table((title, "what", "bytes", "why"), rows)
-        print()
-
-
-def _sum(items: list[Item]) -> str:
-    if not items:
-        return "nothing"
-    count = f"{len(items)} thing{'s' if len(items) > 1 else ''}"
-    return f"{count}, {_bytes(sum(item.bytes for item in items))}"
-
-
-def _bytes(count: int) -> str:
-    return f"{count:,} bytes" + (f" ({count / 1e9:.2f} GB)" if count >= 1e7 else "")
-
-
-def _state(run: RunInfo) -> str:
-    """Finished or not, or stopped by itself; of an unfinished run, where it could go on."""
-    steps = checkpoint_folders(run.path / "checkpoints") if run.state == "unfinished" else []
-    if run.manifest and run.manifest.stopped:
-        return "stopped by a guard"
-    return f"{run.state} at {steps[-1].name}" if steps else run.state
-
-
-def _metrics(run: RunInfo) -> dict[str, float | None]:
-    return run.manifest.metrics if run.manifest else {}
-
-
-def _facts(made: Manifest) -> dict[str, str]:
-    """What `show` prints of a run beside its tables."""
-    tokenizer, environment = made.tokenizer, made.environment
-    parents = [f"{p.role} {p.reference} (manifest {p.digest[:12]})" for p in made.parents]
-    phases = [
-        f"{name} {phase.seconds:.1f} s"
-        + ("" if phase.peak_memory_gb is None else f" {phase.peak_memory_gb:.2f} GB")
-        for name, phase in made.phases.items()
-    ]
-    return {
-        "created": _when(made.created),
-        "finished": _when(made.finished),
-        "command": " ".join(made.command),
-        "code": f"rlhf {made.package_version}, commit {made.git_commit or 'unknown'}",
-        "config": f"config.yaml (hash {made.config_hash[:12]})",
-        "parents": "\n".join(parents) or "none",
-        "base model": _base_text(made),
-        "tokenizer": tokenizer.tokenizer_hash,
-        "template": tokenizer.template_hash,
-        "special ids": f"pad {tokenizer.pad_id} eos {tokenizer.eos_id} bos {tokenizer.bos_id}",
-        "method": _method_text(made),
-        "model/ holds": made.model_is,
-        **({"stopped by a guard": made.stopped} if made.stopped else {}),
-        **(
-            {"report card": "\n- ".join([card.verdict, *card.reasons])}
-            if (card := made.card)
-            else {}
-        ),
-        "golden": " ".join(f"{key}={value}" for key, value in made.golden.items()) or "none",
-        "environment": (
-            f"seed {environment.seed}, {environment.world_size} x {environment.device}, "
-            f"ZeRO {environment.zero_stage}, {environment.dtype}"
-        ),
-        "libraries": " ".join(f"{n} {v}" for n, v in environment.libraries.items()),
-        "phases": "\n".join(phases) or "none",
-    }
-
-
-def _base_text(made: Manifest) -> str:
-    base = made.base
-    return f"{base.name} {base.revision or ''}".strip() + f" ({base.fingerprint})"
-
-
-def _method_text(made: Manifest) -> str:
-    settings = " ".join(f"{key}={value}" for key, value in made.method.settings.items())
-    chain = " > ".join(made.method.adapter_chain)
-    return f"{made.method.name} {settings}".strip() + (f", on {chain}" if chain else "")
-
-
-def _when(stamp: str) -> str:
-    return stamp[:16].replace("T", " ") + " UTC"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, indent=1, default=vars))
-
-
-def _print_json_list(values: Iterable[Any]) -> None:
-    """One item a line: json lays out large values slowly."""
-    import json
-
-    lines = ",\n".join(json.dumps(value, default=vars) for value in values)
-    print(f"[\n{lines}\n]" if lines else "[]")
-
-
-def _glyphs(*texts: str) -> Sequence[str]:
-    """Lines and corners as this output can show them."""
-    try:
-        "".join(texts).encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return [
-            text.translate({ord(a): b for a, b in zip("└├│─", "`||-", strict=True)})
-            for text in texts
-        ]
-    return texts
-
-
-def _printable(text: str) -> str:
-    """`text` with what could steer a terminal spelled out; line ends stay."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
-def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns under headers, folded where a terminal is too narrow for them.
-
-    Off a terminal text is never cut, so that it can be searched. Without rich, which needs more
-    than a second for a thousand rows.
-    """
-    (rule,), gap = _glyphs("─"), "   "
-    cells = [[_printable(cell).split("\n") for cell in row] for row in (headers, *rows)]
-    widths = [
-        max(len(text) for cell in column for text in cell) for column in zip(*cells, strict=True)
-    ]
-    if sys.stdout.isatty():
-        from shutil import get_terminal_size
-
-        widths = _narrowed(widths, get_terminal_size().columns - len(gap) * (len(widths) - 1))
-        cells = [
-            [_folded(cell, size) for cell, size in zip(row, widths, strict=True)] for row in cells
-        ]
-    lines = []
-    for row in cells:
-        for parts in zip_longest(*row, fillvalue=""):
-            lines.append(gap.join(map(str.ljust, parts, widths)).rstrip())
-    lines.insert(max(map(len, cells[0])), rule * (sum(widths) + len(gap) * (len(widths) - 1)))
-    print("\n".join(lines))
-
-
-def _narrowed(widths: list[int], room: int) -> list[int]:
-    """`widths` with the widest made narrower, the first one last, until all fit into `room`."""
-    widths = list(widths)
-    for first in (1, 0):
-        while sum(widths) > room and max(widths[first:], default=0) > 8:
-            widths[widths.index(max(widths[first:]), first)] -= 1
-    return widths
-
-
-def _folded(lines: list[str], width: int) -> list[str]:
-    """`lines` with the long ones going on in the next line."""
-    from textwrap import wrap
-
-    return [part for line in lines for part in (wrap(line, width) if len(line) > width else [line])]
 
 
 if __name__ == "__main__":

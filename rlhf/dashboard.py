@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf import tracking
+from rlhf import wandb_run
 from rlhf.errors import ConfigError
 from rlhf.metrics import METRICS
 
@@ -174,14 +174,14 @@ def save(project: str, entity: str | None, name: str) -> str:
         ConfigError: no W&B key, wandb_workspaces is not installed, or W&B refuses.
     """
     workspace(project, entity or "", name)  # is it installed?
-    _, key = tracking.account()
+    _, key = wandb_run.account()
     if key is None:
         raise ConfigError(
             "dashboard: no W&B key at hand. Set WANDB_API_KEY or run `wandb login`; --dry-run "
             "shows what it would have, and `rlhf report` compares runs without W&B."
         )
     try:
-        made = workspace(project, entity or tracking.default_entity(key), name)
+        made = workspace(project, entity or wandb_run.default_entity(key), name)
         made.save()
         return str(made.url)
     except ConfigError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import guards, tracking
+from rlhf import guards, wandb_run
 from rlhf.config import PROJECT
 from rlhf.guards import within
 from rlhf.methods.table import METHODS, Method
@@ -133,7 +133,7 @@ def _runs(folder: Path) -> tuple[str, list[str]]:
 def _wandb() -> str:
     if mode := os.environ.get("WANDB_MODE"):
         return f"WANDB_MODE={mode}"
-    if tracking.find_key(os.environ.get("WANDB_BASE_URL") or WANDB_URL) is None:
+    if wandb_run.find_key(os.environ.get("WANDB_BASE_URL") or WANDB_URL) is None:
         return "no key at hand: offline (`wandb login` makes it online, tracking=off leaves it out)"
     return "a key is at hand: online"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from rlhf.judges import Verdicts
 from rlhf.manifest import now, write_last
 from rlhf.registry import Registry, parse_reference
 from rlhf.rewards import last_turn
+from rlhf.tables import print_table
 
 if TYPE_CHECKING:
     from rlhf.console import Console
+    from rlhf.eval_plan import Plan, Player
     from rlhf.evaluate import Answers
-    from rlhf.head_to_head import Plan, Player
 
 SCHEMA = 1
 
@@ -193,10 +194,7 @@ def _interval(value: Mapping[str, Any] | None, who: str | None = None) -> str:
     return "" if part is None else str(versus.Interval(part["value"], part["low"], part["high"]))
 
 
-Show = Callable[[Sequence[str], Sequence[Sequence[str]]], None]
-
-
-def show(results: Sequence[Result], print_table: Show) -> None:
+def show(results: Sequence[Result]) -> None:
     """Print results as a person reads them."""
     header, *rows = table(results)
     print_table(header, rows)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rlhf import locks, tracking
+from rlhf import locks, wandb_run
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.registry import Registry, RunInfo
 
@@ -96,7 +96,7 @@ def upload(found: Sequence[Part], say: Callable[[str], None]) -> None:
     waiting = [part for part in found if part.state == "to upload"]
     if not waiting:
         return
-    url, key = tracking.account()
+    url, key = wandb_run.account()
     if key is None:
         raise ConfigError(
             "sync: no W&B key at hand. Set WANDB_API_KEY or run `wandb login`, and give the same "

@@ -23,7 +23,7 @@ from test_registry import (
 )
 
 import rlhf
-from rlhf import card, cleanup, cli
+from rlhf import card, cleanup, cli, tables
 from rlhf.pairwise import Pair
 from rlhf.registry import Registry
 from rlhf.run import open_run
@@ -283,7 +283,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 def test_table_folds_on_a_terminal_and_loses_nothing(terminal, capsys):
     words = " ".join(["a b"] * 10)
     rows = [("run", words, "x" * 30), ("second", "", "y")]
-    cli._print_table(("name", "words", "long"), rows)
+    tables.print_table(("name", "words", "long"), rows)
     assert capsys.readouterr().out.splitlines() == [
         f"name     {'words':<39}   long",
         "─" * (6 + 3 + 39 + 3 + 30),
@@ -291,17 +291,17 @@ def test_table_folds_on_a_terminal_and_loses_nothing(terminal, capsys):
         f"second   {'':<39}   y",
     ]
     terminal(40)
-    cli._print_table(("name", "words", "long"), rows)
+    tables.print_table(("name", "words", "long"), rows)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 40
     assert sum(line.count("b") for line in lines) == 10
     assert sum(line.count("x") for line in lines) == 30
-    cli._print_table(("name", "words"), [("sft/a-long-name-to-copy", words)])
+    tables.print_table(("name", "words"), [("sft/a-long-name-to-copy", words)])
     assert "sft/a-long-name-to-copy   a b" in capsys.readouterr().out
 
 
 def test_table_spells_out_what_would_steer_a_terminal(capsys):
-    cli._print_table(("a", "b"), [("\x1b[2J", "two\nlines")])
+    tables.print_table(("a", "b"), [("\x1b[2J", "two\nlines")])
     assert capsys.readouterr().out.splitlines()[2:] == ["\\x1b[2J   two", "          lines"]
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from rlhf import cli, dashboard, tracking
+from rlhf import cli, dashboard, wandb_run
 from rlhf.errors import ConfigError
 from rlhf.metrics import METRICS
 
@@ -88,7 +88,7 @@ def test_dry_run_lists_the_panels():
 
 
 def test_without_a_key_it_is_refused(monkeypatch):
-    monkeypatch.setattr(tracking, "account", lambda: ("https://api.wandb.ai", None))
+    monkeypatch.setattr(wandb_run, "account", lambda: ("https://api.wandb.ai", None))
     with pytest.raises(ConfigError, match=r"no W&B key.*wandb login.*--dry-run"):
         dashboard.save("rlhf", None, "RLHF")
 
@@ -109,8 +109,8 @@ def test_what_wandb_refuses_is_no_traceback(monkeypatch):
         saved.append((self.entity, self.project, self.name))
         raise ValueError("project not found\nand more")
 
-    monkeypatch.setattr(tracking, "account", lambda: ("https://api.wandb.ai", "key"))
-    monkeypatch.setattr(tracking, "default_entity", lambda key: "me")
+    monkeypatch.setattr(wandb_run, "account", lambda: ("https://api.wandb.ai", "key"))
+    monkeypatch.setattr(wandb_run, "default_entity", lambda key: "me")
     monkeypatch.setattr(Workspace, "save", save)
     with pytest.raises(ConfigError, match=r"project not found\).*--project=mine"):
         dashboard.save("mine", None, "RLHF")

@@ -11,7 +11,7 @@ import pytest
 from small_line import SMALL, run_line, run_stage
 from stub_endpoint import longer, says, serving
 
-from rlhf import cli, endpoint, head_to_head, models, outcomes
+from rlhf import cli, endpoint, eval_plan, models, outcomes
 from rlhf.errors import ConfigError
 from rlhf.registry import Registry
 
@@ -337,9 +337,9 @@ def test_no_gpu(evaluate, no_weights, monkeypatch):
 
 
 def test_data_without_gold(evaluate, line, tmp_path, no_weights, monkeypatch):
-    cfg = head_to_head._data
-    without = lambda *given: head_to_head.DataConfig(**vars(cfg(*given)) | {"gold": None})  # noqa: E731
-    monkeypatch.setattr(head_to_head, "_data", without)
+    cfg = eval_plan._data
+    without = lambda *given: eval_plan.DataConfig(**vars(cfg(*given)) | {"gold": None})  # noqa: E731
+    monkeypatch.setattr(eval_plan, "_data", without)
     done = evaluate(*PPO)
     assert done.code == 2
     assert "there is no gold score for these prompts" in done.err
@@ -394,4 +394,4 @@ def test_names_of_files(reference, against, judge, name):
 
 def test_options_are_checked():
     with pytest.raises(ConfigError, match="--temperature=inf"):
-        head_to_head.Options(temperature=float("inf"))
+        eval_plan.Options(temperature=float("inf"))

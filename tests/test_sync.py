@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rlhf import cli, locks, sync, tracking
+from rlhf import cli, locks, sync, wandb_run
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.registry import Registry
 
@@ -53,7 +53,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sync, "COMMAND", [sys.executable, str(stub), str(tmp_path / "asked")])
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr(tracking, "account", lambda: (url, KEY))
+        monkeypatch.setattr(wandb_run, "account", lambda: (url, KEY))
         yield runs
 
 
@@ -156,7 +156,7 @@ def test_dry_run_and_nothing_to_do(runs):
 
 
 def test_without_a_key_the_way_out_is_named(runs, monkeypatch):
-    monkeypatch.setattr(tracking, "account", lambda: ("https://api.wandb.ai", None))
+    monkeypatch.setattr(wandb_run, "account", lambda: ("https://api.wandb.ai", None))
     with pytest.raises(ConfigError, match=r"WANDB_API_KEY or run `wandb login`"):
         raise command(runs, "--all").exception
 
@@ -164,7 +164,7 @@ def test_without_a_key_the_way_out_is_named(runs, monkeypatch):
 def test_without_a_network_it_does_not_try_for_minutes(runs, monkeypatch):
     for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tracking, "account", lambda: ("http://127.0.0.1:9", KEY))
+    monkeypatch.setattr(wandb_run, "account", lambda: ("http://127.0.0.1:9", KEY))
     with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
         raise command(runs, "--all").exception
     assert asked(runs) == []

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from wandb_files import inside, items, parts, records, rows
 
-from rlhf import tracking
+from rlhf import tracking, wandb_run
 from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.metrics import METRICS
-from rlhf.tracking import Tracker, find_key
+from rlhf.tracking import Tracker
+from rlhf.wandb_run import find_key
 
 KEY = "0123456789abcdef" * 3
 # "Metrics" in DESIGN.md, word for word.
@@ -314,7 +315,7 @@ def test_auto_with_a_key_tries_online_and_falls_back(
 ):
     calls = wire.calls
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(tracking, "START_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_run, "START_TIMEOUT_SECONDS", 1.0)
     console = Listener()
     began = time.monotonic()
     with tracker(tmp_path, mode="auto", console=console) as t:

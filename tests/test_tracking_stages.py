@@ -182,7 +182,7 @@ def test_upload_puts_the_files_into_the_artifact(runs, monkeypatch):
 
 def test_online_the_parents_are_used(runs, monkeypatch):
     """W&B knows an artifact by its content: what PPO used is what SFT and RM logged."""
-    from rlhf.tracking import WandbRows
+    from rlhf.wandb_run import WandbRows
 
     used, logged = [], []
 
