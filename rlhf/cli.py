@@ -260,11 +260,11 @@ def evaluate(
     )
     plan = eval_plan.prepare(registry, references, against, options)
     results = head_to_head.play(plan, console)
+    outcomes.store_all(registry, results, console)  # first: who reads stdout may be gone
     if as_json:
         print_json_list(results)
     else:
         outcomes.show(results)
-    outcomes.store_all(registry, results, console)
 
 
 @app.command()

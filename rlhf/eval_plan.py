@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf import contract, data, judges
 from rlhf.config import DataConfig, SamplingConfig, TemplateConfig
 from rlhf.data import Row, Split
-from rlhf.errors import ConfigError, RegistryError
+from rlhf.errors import ConfigError, DataError, RegistryError
 from rlhf.judges import Judge
 from rlhf.registry import Published, Registry, parse_reference
 
@@ -139,7 +139,7 @@ def prepare(registry: Registry, references: Sequence[str], against: str, options
         batch_size=sampling.batch_size,
         **options.judging,
     )
-    split = data.held_out(cfg, options.split, whole=options.data is not None)
+    split = _prompts(cfg, options)
     category = _category(split, options.category)
     judge.rehearse(split.rows[:1])
     choose_device(options.device)  # before torch looks for one
@@ -193,6 +193,15 @@ def _data(host: Published, options: Options) -> DataConfig:
     return DataConfig(
         path=str(path), columns=data.columns_of(config), gold=config.get("data.gold"), **limits
     )
+
+
+def _prompts(cfg: DataConfig, options: Options) -> Split:
+    try:
+        return data.held_out(cfg, options.split, whole=options.data is not None)
+    except DataError as error:
+        if options.data is None:
+            raise
+        raise DataError(str(error).replace("data.path=", "--data=")) from error
 
 
 def _sampling(host: Published, options: Options) -> SamplingConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -305,7 +306,7 @@ def test_a_run_that_is_a_base_and_an_adapter(found, line, monkeypatch):
         ((*PPO, "--judge", "openai:m", "--judge-url", "http://127.0.0.1:9/v1"), "no endpoint answ"),
         ((*PPO, "--judge", "openai:m", "--judge-url", "nowhere"), "no address"),
         ((*PPO, "--category", "topic"), "--category=topic: no row .* There are: prompt"),
-        ((*PPO, "--data", "none.jsonl"), "data.path=none.jsonl: no data there"),
+        ((*PPO, "--data", "none.jsonl"), "--data=none.jsonl: no data there"),
         ((*PPO, "--split", "test"), "it has no test split, but train, validation"),
         ((*PPO, "--split", "train"), "--split=train: choose one of validation, test"),
         ((*PPO, "--prompts", "0"), "--prompts=0"),
@@ -356,6 +357,18 @@ def test_a_damaged_run_is_refused(evaluate, line, tmp_path, no_weights):
 
 
 # where results go --------------------------------------------------------------------------------
+
+
+def test_who_stops_reading_loses_no_result(evaluate, line, monkeypatch):
+    """As in `rlhf eval ... | head -1`."""
+
+    def gone(results):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(outcomes, "show", gone)
+    assert evaluate(*PPO, "--prompts", "3", "--seed", "7").code == 1
+    stored = line / "ppo" / "tiny" / "eval" / "sft~tiny-gold.json"
+    assert json.loads(stored.read_text())["seed"] == 7
 
 
 def test_what_cannot_be_stored_is_shown_all_the_same(evaluate, line, tmp_path):
