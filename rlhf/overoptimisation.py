@@ -215,15 +215,16 @@ def _without_gain(course: Course, now: Evaluation) -> str | None:
     )
 
 
-def _sign(wrong: Callable[[Evaluation, Evaluation], str | None]) -> Rule:
-    """Something that is wrong where the measure does not gain by it."""
+def _sign(wrong: Callable[[Evaluation, Evaluation], str | None], *, always: bool = False) -> Rule:
+    """Something that is wrong where the measure does not gain by it, or always."""
 
     def rule(course: Course, now: Evaluation) -> str | None:
         if course.first is None or (text := wrong(course.first, now)) is None:
             return None
-        if (why := _no_gain(course, now)) is None:
+        why = _no_gain(course, now)
+        if why is None and not always:
             return None
-        return f"{text} while {why}: read the samples."
+        return f"{text}{f' while {why}' if why else ''}: read the samples."
 
     return rule
 
@@ -281,7 +282,7 @@ RULES: dict[str, Rule] = {
     "over-optimised": _over_optimised,
     "score without gain": _without_gain,
     "length": _sign(_longer),
-    "ends": _sign(_unending),
+    "ends": _sign(_unending, always=True),  # most measures do not see that an answer was cut off
     "variety": _sign(_alike),
     "repetition": _sign(_repeating),
     "entropy": _sign(_certain),
