@@ -79,12 +79,14 @@ def main() -> None:
         timed(Tracker, name)
     timed(ppo, "distributions")
     start, began = time.process_time(), time.perf_counter()
-    sys.argv = ["stages/ppo.py", "tracking.mode=offline", *sys.argv[1:]]
+    fresh = ["run_name=tracking-cost", "overwrite=true"]  # a finished run would cost nothing
+    sys.argv = ["stages/ppo.py", "tracking.mode=offline", *fresh, *sys.argv[1:]]
     try:
         runpy.run_path(str(ROOT / "stages" / "ppo.py"), run_name="__main__")
     except SystemExit as ended:
         if ended.code:
             raise
+    assert calls["log"], "it logged nothing: is this run finished already?"
     whole, wall, before = time.process_time() - start, time.perf_counter() - began, children()
     wandb.teardown()
     service = children() - before

@@ -45,6 +45,7 @@ HEADLINES: dict[str, tuple[str, ...]] = {
         "eval/score",
         "eval/kl",
         "eval/gold",
+        "eval/second",
         "eval/win_rate",
     ),
 }

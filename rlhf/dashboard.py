@@ -72,6 +72,7 @@ PANELS: tuple[Panel, ...] = (
     _line(REWARD, "score of rollouts against KL", "objective/scores", x="objective/kl"),
     Panel(REWARD, "published runs: score and KL", ("eval/score",), "eval/kl", "scatter"),
     _line(GOLD, "gold against KL", "eval/gold", x="eval/kl"),
+    _line(GOLD, "second reward model against KL", "eval/second", x="eval/kl"),
     _line(GOLD, "gold against the score that is trained on", "eval/gold", x="eval/score"),
     _line(GOLD, "held-out gold, 95 % interval", *with_interval("eval/gold")),
     _line(GOLD, "held-out score, 95 % interval", *with_interval("eval/score")),

@@ -342,6 +342,21 @@ def test_gold_and_score_stand_against_the_root_of_kl(demo: Registry):
     assert plain[1].knees == []
 
 
+def test_a_second_reward_model_is_not_called_gold(registry: Registry):
+    """From the monitor's file, and from the evaluations where that is missing."""
+    numbers = {"eval/kl": [1.0, 4.0], "eval/score": [1.0, 2.0], "eval/second": [0.5, 0.25]}
+    watched = reported.over_optimisation(1.0) | {"measure": "second reward model"}
+    publish(registry, "ppo/x", curves=numbers, files={"overoptimisation.json": watched})
+    (run,) = collect(registry, ["ppo/x"]).shown
+    for over in (run.over, None):
+        run.over = over
+        found = panels.against_kl([run], {"ppo/x": 0})
+        assert [panel.key for panel in found] == ["kl-score", "kl-second"]
+        assert "gold" not in f"{found[1].title} {found[1].about} {found[1].y_label}"
+    assert list(found[1].series[0].y) == [0.5, 0.25]
+    assert "gold" not in page.build(registry, ["ppo/x"]).split('id="kl"')[1].split("</section>")[0]
+
+
 def test_intervals_are_drawn_with_their_metric_and_not_as_curves(demo: Registry):
     report = collect(demo, ["ppo/a"])
     place = {run.reference: n for n, run in enumerate(report.runs)}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.metrics import METRICS
+from rlhf.overoptimisation import GOLD, SECOND
 from rlhf.report import thin
 from rlhf.report.collect import Run
 from rlhf.report.files import Card, Curve, Interval, Point, number
@@ -27,6 +28,7 @@ FIRST = {
         "objective/kl",
         "eval/score",
         "eval/gold",
+        "eval/second",
         "eval/win_rate",
         "eval/kl",
         "response/length",
@@ -143,29 +145,39 @@ def _at(steps: NDArray[np.int64], curve: Curve | None) -> Numbers:
 
 
 def against_kl(runs: Sequence[Run], place: dict[str, int]) -> list[Panel]:
-    """Score and gold against the KL that was paid for them, for all PPO runs.
+    """Score, and gold or a second reward model, against the KL that was paid for them, for all
+    PPO runs.
 
     Held-out points are of overoptimisation.json, else of the evaluations in metrics.jsonl; their
     x is sqrt(KL), in which gold rises and falls as a parabola (Gao et al. 2023, eq. 1).
     """
     members = [run for run in runs if run.stage == "ppo"]
     root = "sqrt(KL to the reference), KL in nats per answer"
-    panels = [
-        Panel("kl-score", "held-out score against KL", "what PPO is paid for", root, "score"),
-        Panel("kl-gold", "held-out gold against KL", "what PPO never sees", root, "gold score"),
-        Panel(
-            "kl-train",
-            "training score against KL",
-            "each update's rollouts: objective/scores against objective/kl",
-            "objective/kl, nats per answer",
-            "score",
-            dots=True,
+    score = Panel("kl-score", "held-out score against KL", "what PPO is paid for", root, "score")
+    unseen = {
+        GOLD: Panel(
+            "kl-gold", "held-out gold against KL", "what PPO never sees", root, "gold score"
         ),
-    ]
+        SECOND: Panel(
+            "kl-second",
+            "second reward model against KL",
+            "it only watches: PPO is not paid for its scores",
+            root,
+            "its score",
+        ),
+    }
+    train = Panel(
+        "kl-train",
+        "training score against KL",
+        "each update's rollouts: objective/scores against objective/kl",
+        "objective/kl, nats per answer",
+        "score",
+        dots=True,
+    )
     for run in members:
         which = place[run.reference]
-        points = held_out_points(run)
-        for panel, name in ((panels[0], "score"), (panels[1], "gold")):
+        measure, points = held_out_points(run)
+        for panel, name in ((score, "score"), (unseen[measure], "gold")):
             measured = [p for p in points if getattr(p, name).value is not None]
             if measured:
                 panel.series.append(_against_root(measured, name, which))
@@ -174,24 +186,24 @@ def against_kl(runs: Sequence[Run], place: dict[str, int]) -> list[Panel]:
         if {"objective/scores", "objective/kl"} <= run.curves.keys():
             scores, kl = run.curves["objective/scores"], run.curves["objective/kl"]
             steps = scores.steps.astype(np.float64)
-            panels[2].series.append(
-                Series(which, _at(scores.steps, kl), scores.values, steps=steps)
-            )
-    return [panel for panel in panels if panel.series]
+            train.series.append(Series(which, _at(scores.steps, kl), scores.values, steps=steps))
+    return [panel for panel in (score, *unseen.values(), train) if panel.series]
 
 
-def held_out_points(run: Run) -> list[Point]:
-    """The held-out evaluations of a PPO run, by step."""
+def held_out_points(run: Run) -> tuple[str, list[Point]]:
+    """What measures a PPO run that training never sees, GOLD or SECOND, and the held-out
+    evaluations by step; `gold` of a point is that measure."""
     if run.over is not None and run.over.points:
-        return run.over.points
+        return SECOND if run.over.measure == SECOND else GOLD, run.over.points
+    measure = SECOND if "eval/second" in run.curves and "eval/gold" not in run.curves else GOLD
     kl = run.curves.get("eval/kl")
     if kl is None:
-        return []
+        return measure, []
     score, gold = (
         [_at(kl.steps, run.curves.get(f"eval/{name}{end}")) for end in ("", *ENDS)]
-        for name in ("score", "gold")
+        for name in ("score", "second" if measure == SECOND else "gold")
     )
-    return [
+    return measure, [
         Point(
             int(step),
             float(value),

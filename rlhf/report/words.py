@@ -22,6 +22,7 @@ STATES = {"stopped": "stopped by a guard"}
 RESULTS = {
     "eval/accuracy": ("eval/accuracy_longer", "the longer one"),
     "eval/gold": ("eval/gold_sft", "SFT"),
+    "eval/second": ("eval/second_sft", "SFT"),
     "eval/score": ("eval/score_sft", "SFT"),
     "eval/win_rate": ("", ""),
 }
