@@ -27,7 +27,7 @@ app = typer.Typer(
 
 RunsDir = Annotated[
     str | None,
-    typer.Option("--runs-dir", metavar="DIR", help="Folder of runs [RLHF_RUNS, else runs]."),
+    typer.Option("--runs-dir", metavar="DIR", help="Folder of runs; else RLHF_RUNS, else runs."),
 ]
 
 
@@ -122,7 +122,7 @@ def show(
 
 @app.command()
 def verify(
-    reference: Annotated[str | None, typer.Argument(metavar="[REF]")] = None,
+    reference: Annotated[str | None, typer.Argument(metavar="REF")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every finished run.")] = False,
     runs_dir: RunsDir = None,
 ) -> None:
@@ -200,7 +200,7 @@ def diff(
 @app.command("eval")
 def evaluate(
     references: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="As in ppo/tiny, or ppo/tiny@step-10.")
+        list[str], typer.Argument(metavar="REF", help="As in ppo/tiny, or ppo/tiny@step-10.")
     ],
     against: Annotated[str, typer.Option(metavar="REF", help="As in sft/tiny.")],
     judge: Annotated[
@@ -209,28 +209,30 @@ def evaluate(
     prompts: Annotated[int, typer.Option(help="How many, at most.")] = 200,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Rows with prompts [held-out ones of the run's data]."),
+        typer.Option(metavar="FILE", help="Rows with prompts; else the run's held-out ones."),
     ] = None,
     split: Annotated[str, typer.Option(help="Of the data: validation or test.")] = "validation",
     category: Annotated[
         str | None,
-        typer.Option(metavar="FIELD", help="Of a row, to split by [category, source]."),
+        typer.Option(metavar="FIELD", help="Of a row, to split by; else category or source."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling, and of the intervals.")] = 0,
     temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer [as the run's].")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Drawn at once [as the run's].")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of an answer; else the run's.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Drawn at once; else the run's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     judge_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Of an endpoint [OPENAI_BASE_URL].")
+        str | None, typer.Option(metavar="URL", help="Of an endpoint; else OPENAI_BASE_URL.")
     ] = None,
     judge_key_env: Annotated[
         str, typer.Option(metavar="NAME", help="The environment variable that holds its key.")
     ] = "OPENAI_API_KEY",
     judge_timeout: Annotated[float, typer.Option(help="Seconds for one reply.")] = 60.0,
     concurrency: Annotated[int, typer.Option(help="Questions to an endpoint at once.")] = 4,
-    price_in: Annotated[float | None, typer.Option(help="For a million tokens.")] = None,
-    price_out: Annotated[float | None, typer.Option(help="For a million tokens.")] = None,
+    price_in: Annotated[float | None, typer.Option(help="Of a million tokens asked.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Of a million tokens replied.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
     runs_dir: RunsDir = None,
 ) -> None:
@@ -270,11 +272,13 @@ def evaluate(
 @app.command()
 def report(
     references: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="One: its whole line. Several: compared.")
+        list[str], typer.Argument(metavar="REF", help="One: its whole line. Several: compared.")
     ],
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="[report.html, of one run in its folder, else here]"),
+        typer.Option(
+            metavar="FILE", help="Else report.html: of one run in its folder, of several here."
+        ),
     ] = None,
     runs_dir: RunsDir = None,
 ) -> None:
@@ -416,7 +420,7 @@ def adopt(
 @app.command()
 def sync(
     references: Annotated[
-        list[str] | None, typer.Argument(metavar="[REF ...]", help="As in ppo/tiny.")
+        list[str] | None, typer.Argument(metavar="REF", help="As in ppo/tiny.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every run, finished or not.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show it.")] = False,

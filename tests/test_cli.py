@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 from test_registry import (
     CONFIG,
     facts,
@@ -59,6 +61,14 @@ def rlhf_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_version(rlhf_command):
     result = rlhf_command("--version")
     assert (result.code, result.out, result.err) == (0, f"rlhf {rlhf.__version__}\n", "")
+
+
+def test_help_shows_every_word_of_every_option():
+    # typer reads help as rich's markup, in which [a word] is a colour and vanishes
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        for parameter in command.params:
+            text = parameter.help or ""
+            assert Text.from_markup(text).plain == text, (name, parameter.name)
 
 
 def test_ls_of_nothing(rlhf_command, registry: Registry):
