@@ -180,7 +180,9 @@ class Endpoint:
             content = reply["choices"][0]["message"].get("content") or ""
             spent = reply.get("usage") or {}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise _Failed(f"its reply is no chat completion: {text[:120]!r}", again=True) from None
+            raise _Failed(
+                f"its reply is no chat completion: {self._clean(text)[:120]!r}", again=True
+            ) from None
         with self._lock:
             self._usage = replace(
                 self._usage,
@@ -188,7 +190,7 @@ class Endpoint:
                 completion_tokens=self._usage.completion_tokens
                 + _count(spent, "completion_tokens"),
             )
-        return str(content)
+        return self._without_key(str(content))
 
     def _status(self, error: urllib.error.HTTPError, sent: dict[str, Any]) -> _Failed:
         """What a status other than 2xx means."""
@@ -198,7 +200,7 @@ class Endpoint:
             said = ""
         wait = _seconds(error.headers.get("Retry-After"))
         error.close()
-        why = f"HTTP {error.code}: {said[:200]}".rstrip(": ")
+        why = f"HTTP {error.code}: {self._clean(said)[:200]}".rstrip(": ")
         if error.code == 400 and (name := next((n for n in sent if f"{n}" in said), None)):
             with self._lock:  # some models take no such setting
                 self._optional.pop(name, None)
@@ -226,9 +228,10 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         """Without the key, which some endpoints repeat, and without what could steer a terminal."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        return "".join(c if c.isprintable() else " " for c in text)
+        return "".join(c if c.isprintable() else " " for c in self._without_key(text))
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
 
 
 def checked_url(url: str) -> str:
@@ -237,14 +240,19 @@ def checked_url(url: str) -> str:
     Raises:
         ConfigError: it is none.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--judge-url={url}: no address. Write http://HOST:PORT/v1.")
-    if parts.username or parts.password or parts.query:
+    host = (url.partition("//")[2] or url).partition("/")[0]
+    if "@" in host or "?" in url:
         raise ConfigError(
             "--judge-url: it holds a name, a password or a query, which would be written down. Put "
             "the key into an environment variable (--judge-key-env)."
         )
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half an IPv6 address, or a port that is none
+        sound = False
+    if not sound or not (url.isascii() and url.isprintable()) or " " in url:
+        raise ConfigError(f"--judge-url={url}: no address. Write http://HOST:PORT/v1.")
     return url.rstrip("/").removesuffix("/chat/completions")
 
 

@@ -222,6 +222,18 @@ def test_the_key_is_in_no_message(stub):
     assert KEY not in repr(asked)
 
 
+def test_the_key_is_in_no_reply_and_no_part_of_it_in_a_cut_message(stub):
+    asked = client(stub, key=KEY)
+    stub.answer = lambda body: says(f"I was asked with {KEY}")
+    assert asked.ask(ASK) == "I was asked with ***"
+    stub.answer = lambda body: (200, {}, "x" * 110 + KEY)
+    assert asked.ask(ASK) is None
+    assert KEY[:5] not in asked.problem
+    stub.answer = lambda body: (400, {}, "x" * 190 + KEY)
+    assert asked.ask(ASK) is None
+    assert KEY[:5] not in asked.problem
+
+
 @pytest.mark.parametrize("key", ["sk-1\nX-Other: 1", "sk 1", "sk-ä"])
 def test_a_key_that_no_header_holds_is_refused_and_not_shown(stub, key):
     with pytest.raises(ConfigError, match="MY_KEY: what it holds is no key") as refused:
@@ -230,14 +242,33 @@ def test_a_key_that_no_header_holds_is_refused_and_not_shown(stub, key):
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://host/v1", "file:///etc/passwd", "http://"]
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host/v1",
+        "file:///etc/passwd",
+        "http://",
+        "http://[::1/v1",
+        "http://host:99999/v1",
+        "http://host:port/v1",
+        "http://hōst/v1",
+        "http://host/a b",
+    ],
 )
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(ConfigError, match="no address"):
         Endpoint(url, "m", key=None)
 
 
-@pytest.mark.parametrize("url", ["https://me:secret@host/v1", "https://host/v1?key=secret"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:secret@host/v1",
+        "https://host/v1?key=secret",
+        "https://me:secret@[::1/v1",
+        "me:secret@host/v1",
+    ],
+)
 def test_an_address_with_a_secret_is_refused_and_not_shown(url):
     with pytest.raises(ConfigError, match="--judge-key-env") as refused:
         Endpoint(url, "m", key=None)
