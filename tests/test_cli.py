@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -554,12 +554,13 @@ def test_unknown_command_is_refused(rlhf_command):
 def test_as_a_process_it_answers_at_once_and_without_traceback(registry: Registry):
     published(registry)
     command = [sys.executable, "-m", "rlhf.cli"]
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     listed = subprocess.run([*command, "ls"], capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (listed.returncode, listed.stderr) == (0, "")
     assert "sft/tiny" in listed.stdout
-    assert seconds < 2  # 0.3 s on a quiet machine
+    # CPU seconds, whatever else runs: 0.4. Importing torch alone takes more than 2.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
     refused = subprocess.run([*command, "show", "x"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1
