@@ -28,7 +28,7 @@ from rlhf.errors import ConfigError, RegistryError
 from rlhf.overoptimisation import GOLD, Course
 from rlhf.registry import Registry
 from rlhf.report import files, page, panels, thin, words
-from rlhf.report.collect import collect
+from rlhf.report.collect import Report, Run, collect
 
 __all__ = ["no_waiting_for_the_disk", "registry"]  # fixtures
 
@@ -407,6 +407,16 @@ def test_bars_lie_on_one_scale():
     assert (b["at"], b["text"]) == (None, "not measured")
     (wide,) = words.scaled([("c", files.Interval(3.0, -1.0, 3.0), None, "")])
     assert (wide["low"], wide["at"]) == (0.0, 100.0)
+
+
+def test_one_final_score_does_not_fill_its_own_line():
+    run = Run("ppo/x", "ppo", "unfinished")
+    ends = {"eval/score": 3.0, "eval/score_ci_low": 2.5, "eval/score_ci_high": 4.0}
+    run.curves = {n: files.Curve(np.array([1]), np.array([v])) for n, v in ends.items()}
+    (block,) = words.results(Report("x", [run], [run], {}), {"ppo/x": 0})
+    (bar,) = block["rows"]
+    assert (bar["low"], bar["at"], bar["high"]) == (62.5, 75.0, 100.0)
+    assert block["about"].endswith("; the line goes from 0 to 4")
 
 
 # ---------------------------------------------------------------- texts are no code

@@ -346,13 +346,15 @@ def results(report: Report, place: dict[str, int]) -> list[dict[str, Any]]:
             note = "" if other is None else f"({label} {other:.3f})"
             rows.append((run.reference, found, place[run.reference], note))
         if rows:
-            fraction = METRICS[name].unit == "fraction"
             values = [x for _, i, _, _ in rows for x in (i.value, i.low, i.high) if x is not None]
-            least, most = (0.0, 1.0) if fraction else (min(values), max(values))
+            least, most, scale = 0.0, 1.0, ""
+            if METRICS[name].unit != "fraction":  # from 0: one bar alone would fill its own scale
+                least, most = min(0.0, *values), max(0.0, *values)
+                scale = f"; the line goes from {number(least)} to {number(most)}"
             out.append(
                 {
                     "title": name,
-                    "about": METRICS[name].meaning,
+                    "about": METRICS[name].meaning + scale,
                     "rows": scaled(rows, least, most),
                 }
             )
