@@ -7,6 +7,7 @@ appends them to one another, so they go in the order in which they were written.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rlhf.registry import Registry, RunInfo
 
 COMMAND = [sys.executable, "-m", "wandb", "sync"]
 REACH_SECONDS = 10.0
+NAME = re.compile(r"(offline-)?run-(?P<second>\d+_\d+)-[^-]+(-(?P<number>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,16 @@ def parts(registry: Registry, runs: Sequence[RunInfo]) -> list[Part]:
     found = []
     for run in runs:
         busy = locks.holder(registry.runs_dir, run.reference) is not None
-        folders = sorted((run.path / "wandb").glob("offline-run-*"), key=_when)
+        folders = sorted(filter(_named, (run.path / "wandb").glob("offline-run-*")), key=_when)
         for folder in folders:
             state = "at work" if busy else _state(folder)
             found.append(Part(run.reference, folder, state))
     return found
+
+
+def _named(folder: Path) -> re.Match[str] | None:
+    """Its second and number; None where a folder has no name of W&B's, such as a copy."""
+    return NAME.fullmatch(folder.name)
 
 
 def _when(folder: Path) -> tuple[str, int]:
@@ -70,15 +77,17 @@ def _when(folder: Path) -> tuple[str, int]:
 
     W&B names it `offline-run-20260102_030405-<id>`, and `...-<id>-1` beside such a one.
     """
-    _, second, _, *number = folder.name.removeprefix("offline-").split("-")
-    return second, int(number[0]) if number else 0
+    found = _named(folder)
+    assert found is not None
+    return found["second"], int(found["number"] or 0)
 
 
 def _state(folder: Path) -> str:
     if any(folder.glob("*.wandb.synced")):
         return "uploaded"
     name = folder.name.removeprefix("offline-").split("-")[2]  # the id
-    later = [_when(one) for one in folder.parent.glob(f"run-*-{name}*")]
+    online = filter(_named, folder.parent.glob(f"run-*-{name}*"))
+    later = [_when(one) for one in online]
     return "replaced" if any(when > _when(folder) for when in later) else "to upload"
 
 

@@ -132,6 +132,15 @@ def test_parts_of_one_second_are_in_order(tmp_path):
     assert [part.folder.name[36:] for part in found] == ["", "-1", "-2", "-10"]
 
 
+def test_folders_that_wandb_did_not_name_are_left_alone(runs):
+    tracked(runs, "sft/tiny", "offline-run-old", "offline-run-20260101_000000-cccc3333-copy")
+    tracked(runs, "sft/tiny", "run-20260102_000000-cccc3333-copy")
+    tracked(runs, "sft/tiny", "offline-run-20260101_000000-cccc3333")
+    registry = Registry(runs)
+    (part,) = sync.parts(registry, sync.choose(registry, ["sft/tiny"]))
+    assert (part.folder.name, part.state) == ("offline-run-20260101_000000-cccc3333", "to upload")
+
+
 def test_a_run_at_work_is_left_alone(runs):
     code = (
         "import sys, time; from pathlib import Path; from rlhf import locks;"
