@@ -87,6 +87,13 @@ def _no_network() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _the_same_noise() -> None:
+    """What a test draws depends on no test before it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _linear_as_it_was() -> Iterator[None]:
     """DeepSpeed's ZeRO-3 puts a linear layer of its own in torch's place, for the whole process."""
     yield

@@ -139,8 +139,8 @@ def test_at_first_the_prefix_alone_is_there(tiny_model):
     model = unipelt.attach(tiny_model(), CFG, head=False).eval()
     changes = by_hand(model)
     expected = slow_llama.logits(tiny_model(), ROW, prefix=changes["prefix"])
-    fast = model(torch.tensor([ROW])).logits[0]
-    assert_close(fast.double(), expected, rtol=0, atol=1e-5)
+    fast = model.double()(torch.tensor([ROW])).logits[0]
+    assert_close(fast, expected, rtol=0, atol=1e-5)
 
 
 # every family, padding and cache -----------------------------------------------------------------
