@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -508,6 +510,19 @@ def test_only_a_report_is_replaced(demo: Registry, tmp_path: Path):
     for _ in range(2):
         page.write(demo, ["sft/demo"], out)
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_a_full_disk_leaves_no_half_file(demo: Registry, tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="cannot be written: File too large"):
+            page.write(demo, ["sft/demo"], tmp_path / "r.html")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 def rlhf_report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -51,13 +51,14 @@ def write(registry: Registry, references: list[str], out: Path) -> int:
         raise ConfigError(f"{out}: is there, and is no report. Name another file with --out.")
     text = build(registry, references).encode()
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=".report-", delete=False) as file:
-            file.write(text)
+        handle, name = tempfile.mkstemp(dir=out.parent, prefix=".report-")
         try:
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, out)
+            with open(handle, "wb") as file:
+                file.write(text)
+            os.chmod(name, 0o644)
+            os.replace(name, out)
         except BaseException:
-            os.unlink(file.name)
+            os.unlink(name)
             raise
     except OSError as error:
         raise ConfigError(
