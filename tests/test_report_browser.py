@@ -82,6 +82,16 @@ def opened(browser: Browser, path: Path, width: int = 1280, **screen: bool) -> N
     time.sleep(0.3)  # Bokeh paints in the next frame
 
 
+def test_the_lines_of_a_warning_stay_lines(browser: Browser, tmp_path: Path):
+    registry = Registry(tmp_path / "runs")
+    why = "the score fell\nLikely causes:\n- the steps are too large"
+    reported.publish(registry, "ppo/x", stopped=why)
+    page.write(registry, ["ppo/x"], tmp_path / "x.html")
+    opened(browser, tmp_path / "x.html")
+    shown = browser.run("document.querySelector('li.warning').innerText")
+    assert shown == f"ppo/x stopped by a guard: {why}"
+
+
 @pytest.mark.parametrize("name", ["several", "one", "open", "rm", "sft"])
 def test_every_plot_is_drawn_and_nothing_is_asked_for(browser: Browser, pages, name: str):
     opened(browser, pages[name])
