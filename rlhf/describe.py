@@ -209,6 +209,7 @@ def facts(made: Manifest) -> dict[str, str]:
         "method": _method_text(made),
         "model/ holds": made.model_is,
         **({"stopped by a guard": made.stopped} if made.stopped else {}),
+        **({"warnings": "\n".join(made.warnings)} if made.warnings else {}),
         **(
             {"report card": "\n- ".join([card.verdict, *card.reasons])}
             if (card := made.card)

@@ -212,6 +212,13 @@ def test_show_prints_the_report_card(rlhf_command, registry: Registry):
     assert registry.verify("rm/tiny") == ["card.json: sha256 differs from the manifest's"]
 
 
+def test_show_prints_what_a_run_was_warned_of(rlhf_command, registry: Registry):
+    published(registry, warnings=["variety (step 15): variety collapses", "length (step 20): long"])
+    out = rlhf_command("show", "sft/tiny").out
+    assert "warnings          variety (step 15): variety collapses\n" in out
+    assert "\n                  length (step 20): long\n" in out
+
+
 def test_show_prints_brackets_as_they_are(rlhf_command, registry: Registry):
     published(registry, metrics={"[red]": 1.0, ":smile:": 2.0})
     out = rlhf_command("show", "sft/tiny").out
