@@ -13,6 +13,7 @@ import netrc
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,20 +85,27 @@ class WandbRows:
             )
         why = "" if mode == "offline" else " (no W&B key at hand)"
         if key is not None and mode != "offline":
+            before = self._online_folders()
             try:
                 named = {"api_key": key} if key else {}
                 self._init(wandb, "online", about, init_timeout=START_TIMEOUT_SECONDS, **named)
                 return f"online, {self._run.url}"
             except Exception as error:
+                wandb.teardown()  # or the id of the run would count as in use
+                for folder in self._online_folders() - before:  # `rlhf sync` would think it sent
+                    shutil.rmtree(folder, ignore_errors=True)
                 if mode == "online":
                     raise ConfigError(
                         f"tracking.mode=online: W&B did not start ({first_line(error)}). Check "
                         "the network and the key (`wandb login`), or use `tracking.mode=offline`."
                     ) from error
                 why = f" (W&B did not start: {first_line(error)})"
-                wandb.teardown()  # or the id of the run would count as in use
         self._init(wandb, "offline", about)
         return f"offline{why}; upload later: rlhf sync {about['name']}"
+
+    def _online_folders(self) -> set[Path]:
+        """Where processes that went online kept their part of this run."""
+        return set(self._noted.parent.glob(f"run-*-{self._id}*"))
 
     def _init(self, wandb: Any, mode: str, about: dict[str, Any], **more: Any) -> None:
         online = mode == "online"

@@ -324,6 +324,8 @@ def test_auto_with_a_key_tries_online_and_falls_back(
     assert wire.calls > calls  # it did call; so the other tests' silence means something
     assert "offline (W&B did not start: " in console.notes[0]
     assert any("offline-run" in str(path) for path in tmp_path.glob("wandb/*"))
+    # Nothing was sent online: `rlhf sync` must not take an earlier part for replaced.
+    assert not list(tmp_path.glob("wandb/run-*"))
     assert capfd.readouterr() == ("", "")
     with pytest.raises(ConfigError, match=r"tracking\.mode=online: W&B did not start.*offline"):
         tracker(tmp_path / "online", mode="online")
