@@ -117,8 +117,9 @@ def find(
                 f"--judge={name}: no endpoint. Give --judge-url, such as http://localhost:8000/v1, "
                 "or set OPENAI_BASE_URL."
             )
-        if concurrency < 1 or not 0 < timeout < float("inf"):
-            raise ConfigError("--concurrency and --judge-timeout must be above 0.")
+        for option, value in (("concurrency", concurrency), ("judge-timeout", timeout)):
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"--{option}={value:g}: must be a number above 0.")
         key = os.environ.get(key_variable)
         endpoint = Endpoint(url, model, key=key, key_variable=key_variable, timeout=timeout)
         return EndpointJudge(name, endpoint, concurrency, prices)

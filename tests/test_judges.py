@@ -282,8 +282,8 @@ def test_judges_that_there_are_not(registry, monkeypatch):
     assert "no such run" in refused("rm/none", registry)
     assert "no file" in refused("missing.py:score", registry)
     assert "no endpoint. Give --judge-url" in refused("openai:m", registry)
-    assert "must be above 0" in refused("openai:m", registry, url="http://h", concurrency=0)
-    assert "must be above 0" in refused("openai:m", registry, url="http://h", timeout=0.0)
+    assert "--concurrency=0: must" in refused("openai:m", registry, url="http://h", concurrency=0)
+    assert "--judge-timeout=0: must" in refused("openai:m", registry, url="http://h", timeout=0.0)
 
 
 def test_code_that_came_with_a_run_is_not_executed(registry, tmp_path):
