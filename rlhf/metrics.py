@@ -39,7 +39,7 @@ METRICS: dict[str, Metric] = {
         ("train/learning_rate", "1", NEITHER, "learning rate of the last update"),
         ("train/grad_norm", "1", NEITHER, "L2 norm of the gradient before clipping"),
         ("eval/loss", "nats", LOW, "train/loss on held-out rows"),
-        ("eval/accuracy", "fraction", HIGH, "RM: held-out pairs scored right; the final one on the test split"),
+        ("eval/accuracy", "fraction", HIGH, "RM: held-out pairs that are right; last, test pairs"),
         ("eval/accuracy_ci_low", "fraction", HIGH, "lower end of its 95 % interval"),
         ("eval/accuracy_ci_high", "fraction", HIGH, "upper end of its 95 % interval"),
         ("eval/accuracy_longer", "fraction", NEITHER, "what 'the longer one wins' would get"),
