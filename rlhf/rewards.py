@@ -59,7 +59,7 @@ class Function:
         asked = list(zip(prompts, responses, rows, strict=True))
         try:
             values = self._values(prompts, responses, rows)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit of its own would end the run as if well
             at = self._where(error)
             where = next((i for i, one in enumerate(asked) if self._fails(*one)), None)
             on = "on the rows together, on none alone" if where is None else _row(where, asked)
@@ -83,11 +83,11 @@ class Function:
     def _fails(self, prompt: str, response: str, row: Row) -> bool:
         try:
             self._values([prompt], [response], [row])
-        except Exception:
+        except (Exception, SystemExit):
             return True
         return False
 
-    def _where(self, error: Exception) -> str:
+    def _where(self, error: BaseException) -> str:
         """The last line of the function's own file that the error passed through."""
         file = Path(self.path.rpartition(":")[0])
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if _is(f, file)]

@@ -321,6 +321,11 @@ def no_two(prompts, responses, rows):
         raise ValueError("one at a time")
     return [0.0]
 
+def leaves(prompts, responses, rows):
+    if any(row.get("answer") == 1 for row in rows):
+        raise SystemExit(0)
+    return [0.0] * len(rows)
+
 def two(prompts, responses):
     return [0.0]
 
@@ -356,6 +361,12 @@ def test_a_function_that_raises_is_refused_with_the_row_it_fails_on(own, name, l
         f"reward.function={own}:{name}: raised KeyError('answer') (line {line}) for row 2 "
         "(prompt 'p3', response '3')."
     )
+
+
+def test_a_function_cannot_end_the_run(own):
+    """Exit code 0, and nothing published."""
+    with pytest.raises(ConfigError, match=r"raised SystemExit\(0\) \(line 16\) for row 1 "):
+        judge(loaded(own, "leaves"), 1, 2, rows=[{"answer": 2}, {"answer": 1}])
 
 
 def test_a_function_that_fails_on_no_row_alone_says_so(own):
