@@ -213,8 +213,8 @@ def test_a_path_without_data_says_what_was_expected(tmp_path, name):
     [
         ("latin.jsonl", '{"prompt": "Grüße"}'.encode("latin-1")),
         ("not-packed.jsonl.gz", b'{"prompt": "Hi"}'),
-        ("cut-short.jsonl.gz", gzip.compress(b'{"prompt": "Hi"}' * 99)[:-12]),
-        ("damaged.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 30),
+        ("cut-short.jsonl.gz", gzip.compress(b'{"prompt": "Hi"}' * 99, mtime=0)[:-12]),
+        ("damaged.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 30),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
