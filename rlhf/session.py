@@ -24,7 +24,15 @@ from rlhf import config, ranks
 from rlhf.console import Console
 from rlhf.data import Split
 from rlhf.errors import RegistryError, StoppedByGuard
-from rlhf.manifest import MANIFEST, BaseModel, DataFacts, TokenizerFacts, git_commit, now
+from rlhf.manifest import (
+    MANIFEST,
+    BaseModel,
+    DataFacts,
+    TokenizerFacts,
+    git_commit,
+    now,
+    write_last,
+)
 from rlhf.metrics import METRICS
 from rlhf.registry import Published, Registry
 from rlhf.run import Run, open_run
@@ -91,9 +99,9 @@ class Session:
                 log.write(f"{now()} {text}\n")
 
     def write(self, name: str, text: str) -> None:
-        """A file of the run that may change later; main process only."""
+        """A file of the run that may change later, whole whenever it is read; main process only."""
         if self._run is not None:
-            (self.path / name).write_text(text, encoding="utf-8")
+            write_last(self.path / name, text)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -396,3 +397,17 @@ def test_the_main_process_of_two_writes_the_world_size(cfg, monkeypatch):
         work(session)
     manifest = json.loads((session.path / "manifest.json").read_text())
     assert manifest["environment"]["world_size"] == 2
+
+
+def test_a_file_that_cannot_be_written_whole_is_as_it_was(cfg, monkeypatch):
+    with open_session(cfg, splits()) as session:
+        session.write("course.json", "old")
+
+        def full(number: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space left"):
+                session.write("course.json", "new")
+        assert (session.path / "course.json").read_text() == "old"
