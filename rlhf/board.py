@@ -98,11 +98,11 @@ class Board:
         if head == "unit":
             return METRICS[name].unit
         if head == RECENT:
-            return trend(found.recent)
+            return trend(tuple(found.recent))  # at once: numbers come while the picture is drawn
         return f"{found.first if head == 'first' else found.last:.4g}"
 
 
-def trend(values: Sequence[float] | deque[float]) -> str:
+def trend(values: Sequence[float]) -> str:
     """A plot of one line, from the least of the values to the largest; a gap is no number."""
     known = [value for value in values if math.isfinite(value)]
     if not known:

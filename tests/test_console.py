@@ -2,6 +2,8 @@
 
 import io
 import re
+import sys
+import threading
 
 import pytest
 import rich.console
@@ -375,6 +377,28 @@ def test_the_best_is_the_first_of_equals_and_never_no_number():
     rows = [line.split() for line in seen.file.getvalue().splitlines() if "/" in line]
     assert rows[0][:5] == ["eval/score", "nan", "2", "@3", "inf"]
     assert rows[1][:5] == ["objective/kl", "nan", "3", "@3", "-inf"]
+
+
+def test_numbers_may_come_while_the_table_is_drawn():
+    board = Board("ppo", ["objective/kl"], None)
+    board.take(0, {"objective/kl": 0.0})
+    done = threading.Event()
+
+    def numbers():
+        while not done.is_set():
+            board.take(1, {"objective/kl": 1.0})
+
+    writer = threading.Thread(target=numbers)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    writer.start()
+    try:
+        for _ in range(1000):
+            board.table(100, 40)
+    finally:
+        done.set()
+        writer.join()
+        sys.setswitchinterval(before)
 
 
 def test_trends():
