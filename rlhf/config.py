@@ -496,6 +496,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         one_of("tracking.mode", self.mode, ("auto", "online", "offline", "off"))
+        if not all(self.tags):
+            raise ConfigError(f"tracking.tags={self.tags}: W&B takes no empty tag. Leave it out.")
 
 
 # ---------------------------------------------------------------- stages

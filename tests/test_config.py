@@ -110,6 +110,11 @@ REFUSED = [
 ]
 
 
+def test_an_empty_tag_is_refused():
+    with pytest.raises(ConfigError, match=r"tracking\.tags=\['a', ''\]: W&B takes no empty tag"):
+        TrackingConfig(tags=["a", ""])
+
+
 @pytest.mark.parametrize(("kind", "group", "field", "value", "reason"), REFUSED)
 def test_a_value_that_cannot_work_is_named_with_its_reason(kind, group, field, value, reason):
     with pytest.raises(ConfigError, match=rf"{group}\.{field}={value}.*{reason}"):
