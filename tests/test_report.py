@@ -246,6 +246,14 @@ def test_an_unfinished_run_has_the_line_that_its_settings_name(demo: Registry):
     }
 
 
+def test_unfinished_runs_that_name_each_other_are_shown_once(registry: Registry):
+    for one, other in (("a", "b"), ("b", "a")):
+        folder = registry.runs_dir / "ppo" / one
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"stage: ppo\npolicy_from: ppo/{other}\n")
+    assert [run.reference for run in collect(registry, ["ppo/a"]).runs] == ["ppo/b", "ppo/a"]
+
+
 def test_parents_that_are_missing_changed_or_damaged_are_told(registry: Registry):
     sft = published(registry)
     rm = publish(registry, "rm/x", {"policy": sft})
