@@ -381,6 +381,13 @@ def test_intervals_are_drawn_with_their_metric_and_not_as_curves(demo: Registry)
     assert [panel.title for panel in found if not panel.first][:1] == ["loss/value"]
 
 
+def test_a_step_without_an_interval_borrows_none():
+    steps = np.array([1, 2, 3, 4])
+    curve = files.Curve(np.array([2, 2, 4]), np.array([0.1, 0.2, 0.4]))
+    found = panels._at(steps, curve)  # of two at one step the last
+    np.testing.assert_equal(found, [np.nan, 0.2, np.nan, 0.4])
+
+
 def test_samples_of_several_runs_are_joined_by_prompt(demo: Registry):
     report = collect(demo, ["ppo/a", "ppo/b"])
     place = {run.reference: n for n, run in enumerate(report.runs)}
