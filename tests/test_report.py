@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from test_registry import CONFIG, no_waiting_for_the_disk, published, registry
 from rlhf import compare
 from rlhf.cli import main
 from rlhf.errors import ConfigError, RegistryError
+from rlhf.manifest import Parent, seal
 from rlhf.overoptimisation import GOLD, Course
 from rlhf.registry import Registry
 from rlhf.report import files, page, panels, thin, words
@@ -485,6 +487,25 @@ def test_half_a_surrogate_pair_is_a_question_mark(registry: Registry, tmp_path: 
     assert (tmp_path / "x.html").read_text(encoding="utf-8").count("half ? a pair") == 2
 
 
+def test_a_parent_outside_of_the_registry_is_not_read(registry: Registry, tmp_path: Path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "card.json").write_text(json.dumps(reported.card() | {"reasons": ["a secret"]}))
+    run = publish(registry, "ppo/x")
+    parents = [Parent("policy", up + str(outside)[1:], "0" * 64) for up in ("", "../")]
+    (run.path / "manifest.json").write_text(seal(replace(run.manifest, parents=parents)))
+    html = page.build(registry, ["ppo/x"])
+    assert "a secret" not in html
+    assert "is damaged" in html
+
+
+def test_settings_nested_without_end_are_told(registry: Registry):
+    (registry.runs_dir / "ppo/x").mkdir(parents=True)
+    (registry.runs_dir / "ppo/x/config.yaml").write_text("[" * 20_000)
+    (run,) = collect(registry, ["ppo/x"]).runs
+    assert run.problems == ["config.yaml: cannot be read (RecursionError)"]
+
+
 # ---------------------------------------------------------------- size, and where it goes
 
 
@@ -509,6 +530,21 @@ def test_samples_that_do_not_fit_are_counted(registry: Registry):
     assert len(html.encode()) < page.MOST_BYTES
     (note,) = [text for text in Page(html).texts if "to keep this file small" in text]
     assert " of 2000, " in note
+
+
+def test_texts_are_counted_as_the_page_has_them(registry: Registry):
+    rows = reported.samples(0, 300)
+    for row in rows:
+        row["ppo"] = "'" * 5000  # five bytes each
+        row["prompt"] += " " * 1_000_000  # which is cut
+    publish(registry, "ppo/x", samples=rows[:30])
+    publish(registry, "ppo/y", samples=[row | {"prompt": "p"} for row in rows])
+    publish(registry, "ppo/z", config={"reward.note": "<" * 1_000_000})
+    for reference in ("ppo/x", "ppo/y"):
+        html = page.build(registry, [reference])
+        assert len(html.encode()) < page.MOST_BYTES
+        assert "&#39;" * 5000 in html
+    assert "(cut; 1,000,000 characters in all)" in page.build(registry, ["ppo/z"])
 
 
 def test_only_a_report_is_replaced(demo: Registry, tmp_path: Path):

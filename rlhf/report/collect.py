@@ -13,7 +13,7 @@ from rlhf import compare, lineage
 from rlhf.errors import RegistryError
 from rlhf.lineage import Link
 from rlhf.manifest import Manifest, Parent
-from rlhf.registry import Absent, Reference, Registry, parse_reference
+from rlhf.registry import Absent, Registry, parse_reference
 from rlhf.report import files
 from rlhf.report.files import Card, Curve, Evaluation, OverOptimisation, Row
 from rlhf.run import flat
@@ -168,14 +168,15 @@ def _configured_parents(registry: Registry, name: str) -> list[Parent]:
 
 
 def _from_ancestor(found: lineage.Ancestor) -> Run:
-    wanted = Reference("", found.reference)
+    name, stage = found.reference, ""  # what a manifest names may be no reference
     with contextlib.suppress(RegistryError):
         wanted = parse_reference(found.reference)
+        name, stage = f"{wanted.stage}/{wanted.run_name}", wanted.stage
     made = found.manifest
     state = {"sound": "finished"}.get(found.state, found.state)
     if state == "finished" and made is not None and made.stopped:
         state = "stopped"
-    run = Run(f"{wanted.stage}/{wanted.run_name}", wanted.stage, state, made, parents=found.parents)
+    run = Run(name, stage, state, made, parents=found.parents)
     if found.problem:
         run.problems.append(found.problem)
     return run
@@ -201,7 +202,7 @@ def _read_files(registry: Registry, run: Run, *, everything: bool) -> None:
         run.warnings += [str(text) for text in getattr(made, "warnings", None) or []]
     run.warnings += [_link_text(link) for link in run.parents if link.state != "sound"]
     folder = registry.runs_dir / run.reference
-    if run.state == "missing" or not folder.is_dir():
+    if run.state == "missing" or not run.stage or not folder.is_dir():
         return
     run.card = files.read(folder / "card.json", files.card, run.problems)
     if run.card is not None and run.card.verdict != "go":
@@ -251,7 +252,7 @@ def _written_config(path: Path, problems: list[str]) -> dict[str, Any]:
         found = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
+    except (OSError, ValueError, RecursionError, OmegaConfBaseException, YAMLError) as error:
         problems.append(f"{path.name}: cannot be read ({type(error).__name__})")
         return {}
     return flat(found) if isinstance(found, dict) else {}  # type: ignore[arg-type]

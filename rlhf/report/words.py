@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from markupsafe import escape
 
 from rlhf.manifest import Manifest
 from rlhf.metrics import METRICS
@@ -35,7 +36,7 @@ SORTS = [
     ("length", "length"),
 ]
 Bar = tuple[str, Interval, int | None, str]  # name, interval, place of the run, about
-LONGEST = 6000  # characters of an answer or a prompt
+LONGEST = 6000  # characters of an answer, a prompt or a setting
 
 
 @dataclass
@@ -70,8 +71,8 @@ def setting(value: Any) -> str:
     """A setting as it is written in a command; a sha256 is cut to 12 digits."""
     if isinstance(value, str):
         hexadecimal = len(value) == 64 and all(c in "0123456789abcdef" for c in value)
-        return value[:12] if hexadecimal else value
-    return json.dumps(value, ensure_ascii=False, default=str)
+        return value[:12] if hexadecimal else _cut(value)
+    return _cut(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _cut(text: str) -> str:
@@ -426,9 +427,15 @@ def _count_gains(group: Group, row: Row) -> None:
 
 def _ordered(group: Group) -> Group:
     """With the answers of SFT models first."""
+    prompt = _cut(group.prompt)
     answers = sorted(group.answers, key=lambda answer: answer["run"] is not None)
-    size = sum(len(a["text"].encode()) + 250 for a in answers) + len(group.prompt.encode()) + 250
-    return replace(group, prompt=_cut(group.prompt), answers=answers, size=size)
+    size = sum(_bytes(text) + 250 for text in (prompt, *(a["text"] for a in answers)))
+    return replace(group, prompt=prompt, answers=answers, size=size)
+
+
+def _bytes(text: str) -> int:
+    """What a text takes in the page, where a quotation mark is five bytes."""
+    return len(escape(text).encode("utf-8", "replace"))
 
 
 def _answer(
