@@ -240,8 +240,7 @@ def checked_url(url: str) -> str:
     Raises:
         ConfigError: it is none.
     """
-    host = (url.partition("//")[2] or url).partition("/")[0]
-    if "@" in host or "?" in url:
+    if any(sign in url for sign in "@?#"):
         raise ConfigError(
             "--judge-url: it holds a name, a password or a query, which would be written down. Put "
             "the key into an environment variable (--judge-key-env)."
@@ -249,7 +248,8 @@ def checked_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # half an IPv6 address, or a port that is none
+        str(parts.hostname).encode("idna")  # as the socket will
+    except ValueError:  # half an IPv6 address, a port or a host that is none
         sound = False
     if not sound or not (url.isascii() and url.isprintable()) or " " in url:
         raise ConfigError(f"--judge-url={url}: no address. Write http://HOST:PORT/v1.")

@@ -314,7 +314,7 @@ def _turn(message: dict[str, str]) -> str:
 
 def read_verdict(reply: str) -> str | None:
     """ "A", "B" or "C" (a tie); None where a reply holds no verdict, or two at its end."""
-    thought = re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).strip()
+    thought = re.sub(r"<think>.*?(?:</think>|\Z)", "", reply, flags=re.DOTALL).strip()
     last = thought.splitlines()[-1] if thought else ""
     for text in (thought, last):
         found = {verdict.upper()[0] for verdict in VERDICT.findall(text)}

@@ -253,6 +253,9 @@ def test_a_key_that_no_header_holds_is_refused_and_not_shown(stub, key):
         "http://host:port/v1",
         "http://hōst/v1",
         "http://host/a b",
+        "http://a..b/v1",
+        "http://host/vü",
+        "http://host\u2028/v1",
     ],
 )
 def test_what_is_no_address_is_refused(url):
@@ -267,6 +270,8 @@ def test_what_is_no_address_is_refused(url):
         "https://host/v1?key=secret",
         "https://me:secret@[::1/v1",
         "me:secret@host/v1",
+        "ftp://me:secret@host/v1",
+        "https://host/v1#secret",
     ],
 )
 def test_an_address_with_a_secret_is_refused_and_not_shown(url):

@@ -64,6 +64,7 @@ def stub(monkeypatch):
         ("Final verdict: **tie**", "C"),
         ("[[A]] would be said of kindness, [[B]] of sense.\n[[B]]", "B"),
         ("<think>[[A]] at first sight</think>\n[[B]]", "B"),
+        ("<think>[[A]] at first sight, but", None),
         ("[[A]] or [[B]]", None),
         ("A is better", None),
         ("As a language model, I like both.", None),
