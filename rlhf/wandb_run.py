@@ -281,12 +281,19 @@ def account() -> tuple[str, str | None]:
 
 
 def default_entity(key: str) -> str:
-    """Under whose name W&B puts runs that name no entity."""
+    """Under whose name W&B puts runs that name no entity.
+
+    Raises:
+        ConfigError: it does not say.
+    """
     import wandb
 
     if key:
         os.environ.setdefault("WANDB_API_KEY", key)  # which may come from netrc's other name
-    return str(wandb.Api().default_entity)
+    entity = wandb.Api().default_entity
+    if entity is None:
+        raise ConfigError("W&B has no default entity for this key. Name one: --entity.")
+    return str(entity)
 
 
 def find_key(base_url: str, configured: str | None = None) -> str | None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -604,20 +605,19 @@ def tables(folder: Path) -> list[list]:
 
 
 def test_the_table_of_samples_grows_and_is_whole_at_the_end(tmp_path):
+    steps = (10, 20, 30, 40, 50)
     with tracker(tmp_path, mode="offline") as t:
-        for step in (10, 20, 30):
+        for step in steps:
             t.samples(answers(step), step=step)
             t.log({"eval/score": 1.0}, step=step)
         t.summary({"eval/score": 0.5})
     kept = [json.loads(line) for line in (tmp_path / "samples_log.jsonl").read_text().splitlines()]
     assert [(row["step"], row["prompt"]) for row in kept] == [
-        (step, prompt) for step in (10, 20, 30) for prompt in ("p0", "p1")
+        (step, prompt) for step in steps for prompt in ("p0", "p1")
     ]
     assert kept[3] == {"step": 20, **answers(20)[1]}
-    first, second, last = tables(tmp_path)
-    assert first == [(10, "p0"), (10, "p1")]
-    assert second == [*first, (20, "p0"), (20, "p1")]
-    assert last == [*second, (30, "p0"), (30, "p1")]
+    whole = [(row["step"], row["prompt"]) for row in kept]
+    assert tables(tmp_path) == [whole[:2], whole[:4], whole[:8], whole], "after 1, 2, 4; the end"
     assert not (Path.home() / ".local/share/wandb").exists()  # W&B's copies lie in the run
 
 
@@ -714,6 +714,12 @@ def test_key_comes_from_the_environment_then_settings_then_netrc(tmp_path, monke
     assert find_key(url, configured="from-settings") == "from-settings"
     monkeypatch.setenv("WANDB_API_KEY", "from-env")
     assert find_key(url, configured="from-settings") == "from-env"
+
+
+def test_a_key_of_nobody_is_told(monkeypatch):
+    monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(default_entity=None))
+    with pytest.raises(ConfigError, match=r"no default entity.*--entity"):
+        wandb_run.default_entity("")
 
 
 @pytest.mark.parametrize("machine", ["api.wandb.ai", "api.forge.coreweave.com"])
