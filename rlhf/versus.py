@@ -97,10 +97,12 @@ def length_controlled(
         seed: of the interval, see `bootstrap`.
 
     Returns:
-        None where it cannot be told: all answers differ by one and the same length, not 0.
+        None where it cannot be told: one side's answers are longer on every prompt. Equal length
+        is then outside of what was seen, and tanh is 1 where they are much longer, so that the
+        prior would give the plain win rate.
     """
     y, d = np.asarray(outcomes, dtype=float), np.asarray(differences, dtype=float)
-    if np.ptp(d) == 0 and d[0] != 0:
+    if d.min() > 0 or d.max() < 0:
         return None
     return bootstrap(lambda counts: _at_equal_length(y, d, counts), len(y), seed=seed)
 

@@ -183,8 +183,14 @@ def test_where_the_longer_one_always_wins_nothing_is_infinite():
     assert found.value == pytest.approx(1 / (1 + math.exp(-slow)), abs=1e-4)
 
 
-def test_a_difference_that_never_varies_cannot_be_controlled_for():
+def test_where_one_side_is_longer_on_every_prompt_length_cannot_be_controlled_for():
+    """A judge that likes length alone: the truth is 0.5, the plain win rate about 0.88."""
+    y, d = made_up(200, theta=0.0, phi=2.0, mean=300.0)
+    assert np.mean(y) > 0.8
+    assert versus.length_controlled(list(y), list(d), seed=0) is None
+    assert versus.length_controlled(list(1 - y), list(-d), seed=0) is None
     assert versus.length_controlled([1, 0, 1], [4, 4, 4], seed=0) is None
+    assert versus.length_controlled([1, 0, 1], [4, 4, 0], seed=0) is not None
     assert versus.length_controlled([1, 0, 1], [0, 0, 0], seed=0).value == pytest.approx(2 / 3)
 
 
