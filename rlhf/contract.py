@@ -22,6 +22,8 @@ PLAYED_BY = {  # stages that may stand there
     "card.agree_with": ("rm",),
 }
 
+WATCHER = "watching_reward_model"  # the role of the one that PPO does not optimise
+
 
 def parent(registry: Registry, setting: str, reference: str) -> Published:
     """The run that a stage starts from: finished, and every byte of it what was published.
@@ -280,7 +282,7 @@ def reward_roles(
     """role -> run: reward_model, reward_model_2, and so on; watching_reward_model."""
     names = ["reward_model", *(f"reward_model_{n + 2}" for n in range(len(runs) - 1))]
     roles = dict(zip(names, runs, strict=False))
-    return roles | {"watching_reward_model": run for run in watching}  # noqa: B035  # one or none
+    return roles | {WATCHER: run for run in watching}  # noqa: B035  # one or none
 
 
 def _check_descent(policy: Published, reward_model: Published, make: str) -> None:

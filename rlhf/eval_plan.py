@@ -146,7 +146,7 @@ def prepare(registry: Registry, references: Sequence[str], against: str, options
     players = [_player(registry, run, notes) for run in (*runs, other)]
     if isinstance(judge, judges.RewardModelJudge):
         judge.renderer()  # refuses a tokenizer that changed
-        notes += _optimised(judge.run, runs)
+        notes += _optimised(judge.run, (*runs, other))
     before = len(split.rows)
     longest = {player.name: _fit(player, split, cfg, sampling) for player in players}
     if len(split.rows) < before:
@@ -270,12 +270,12 @@ def _origin(registry: Registry, run: Published, notes: list[str]) -> Published |
 
 
 def _optimised(rm: Published, runs: Sequence[Published]) -> list[str]:
-    """A reward model favours those that were trained to please it."""
+    """A reward model favours those that were trained to please it, and not those it watched."""
     return [
         f"{rm.reference} is what {run.reference} was trained to please: this win rate tells how "
         "far that went, not whether its answers are better"
         for run in runs
-        if any(parent.digest == rm.digest for parent in run.manifest.parents)
+        if any(p.digest == rm.digest and p.role != contract.WATCHER for p in run.manifest.parents)
     ]
 
 

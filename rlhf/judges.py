@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -133,12 +134,16 @@ def same(ours: Answers, theirs: Answers, place: int) -> bool:
 
 
 def by_score(ours: Side, theirs: Side, scores: tuple[list[float], list[float]]) -> Verdicts:
-    """The higher score wins; equal ones, and the same answer twice, are a tie."""
+    """The higher score wins; equal ones, and the same answer twice, are a tie.
+
+    A score that is no number gives no verdict, and is a failure.
+    """
     winners: list[str | None] = []
     for place, (a, b) in enumerate(zip(*scores, strict=True)):
         tie = a == b or same(ours.answers, theirs.answers, place)
-        winners.append("tie" if tie else "ours" if a > b else "theirs")
-    facts = {"calls": 2 * len(winners), "failures": 0, "cost": 0.0}
+        known = math.isfinite(a) and math.isfinite(b)
+        winners.append(None if not known else "tie" if tie else "ours" if a > b else "theirs")
+    facts = {"calls": 2 * len(winners), "failures": winners.count(None), "cost": 0.0}
     return Verdicts(winners, *scores, facts)
 
 
@@ -233,13 +238,20 @@ class RewardModelJudge(Judge):
     def verdicts(
         self, rows: list[Row], ours: Side, theirs: Side, advance: Callable[[int], None]
     ) -> Verdicts:
+        """Raises ConfigError where there is not one verdict."""
         scores = []
         for side in (ours, theirs):
             sequences = self._sequences(rows, side)
             self._score(sequences)
             scores.append([self._said[tuple(ids)] for ids in sequences])
         advance(len(rows))
-        return by_score(ours, theirs, (scores[0], scores[1]))
+        out = by_score(ours, theirs, (scores[0], scores[1]))
+        if not any(out.winners):
+            raise ConfigError(
+                f"--judge={self.name}: on no prompt it gives both answers a score that is a "
+                "number. Choose another judge."
+            )
+        return out
 
     def _sequences(self, rows: list[Row], side: Side) -> list[list[int]]:
         """Prompt and answer in the reward model's own tokens."""

@@ -178,6 +178,8 @@ def _asked(judge: Mapping[str, Any]) -> Iterator[str]:
     """What an endpoint was asked and cost; how much a scorer scored."""
     if "prompt_tokens" not in judge:
         yield f"{judge['calls']} answers scored"
+        if judge["failures"]:
+            yield f"{judge['failures']} prompts left out, since a score of theirs is no number"
         return
     yield f"{judge['calls']} requests ({judge['retries']} of them retries)"
     yield f"{judge['failures']} failures"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_line import SMALL, run_line, run_stage
 from stub_endpoint import longer, says, serving
 
-from rlhf import cli, endpoint, eval_plan, models, outcomes
+from rlhf import cli, contract, endpoint, eval_plan, models, outcomes
+from rlhf import evaluate as evaluate_module
 from rlhf.errors import ConfigError
 from rlhf.registry import Registry
 
@@ -107,6 +110,22 @@ def test_by_its_reward_model_it_finds_the_scores_that_ppo_found(evaluate, line):
     assert "rm/tiny is what ppo/tiny was trained to please" in done.err
 
 
+def test_whoever_was_trained_to_please_a_judge_is_named_on_either_side(evaluate):
+    done = evaluate("sft/tiny", "--against", "ppo/tiny", "--prompts", "3", "--judge", "rm/tiny")
+    assert "rm/tiny is what ppo/tiny was trained to please" in done.err
+
+
+def test_a_reward_model_that_only_watched_was_not_pleased():
+    def run(role: str) -> SimpleNamespace:
+        parents = [SimpleNamespace(role=role, digest="abc")]
+        return SimpleNamespace(reference="ppo/a", manifest=SimpleNamespace(parents=parents))
+
+    rm = SimpleNamespace(reference="rm/second", digest="abc")
+    assert eval_plan._optimised(rm, [run(contract.WATCHER)]) == []
+    assert len(eval_plan._optimised(rm, [run("reward_model")])) == 1
+    assert len(eval_plan._optimised(rm, [run("reward_model_2")])) == 1
+
+
 def test_what_is_stored_is_what_is_printed(found, line):
     result = found(*PPO, "--prompts", "5", "--seed", "3")
     stored = line / "ppo" / "tiny" / "eval" / "sft~tiny-gold.json"
@@ -195,6 +214,26 @@ def test_a_function_judges(found, tmp_path):
         shorter = len(row["ours"]) < len(row["theirs"])
         same = len(row["ours"]) == len(row["theirs"])
         assert row["winner"] == ("tie" if same else "ours" if shorter else "theirs")
+
+
+def test_a_reward_model_whose_scores_are_no_numbers(evaluate, line, monkeypatch):
+    """One prompt is left out and counted; where all are, there is nothing to show."""
+    score_all, bad = evaluate_module.score_all, [0]
+
+    def broken(model, sequences, pad_id, batch_size):
+        found = score_all(model, sequences, pad_id, batch_size)
+        return [math.nan if n in bad else score for n, score in enumerate(found)]
+
+    monkeypatch.setattr(evaluate_module, "score_all", broken)
+    given = (*PPO, "--prompts", "5", "--judge", "rm/tiny")
+    (result,) = json.loads(evaluate(*given, "--json").out)
+    assert result["prompts"] < 5
+    assert result["judge"]["failures"] == 5 - result["prompts"]
+    assert "no number" in evaluate(*given).out
+    bad += range(100)
+    done = evaluate(*given)
+    assert done.code == 2
+    assert "on no prompt it gives both answers a score that is a number" in done.err
 
 
 # an endpoint -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from pathlib import Path
@@ -264,6 +265,16 @@ def test_the_same_answer_is_a_tie_even_for_a_function_that_throws_dice(tmp_path,
 def test_a_function_that_cannot_judge_is_found_in_a_rehearsal(tmp_path, registry, body, why):
     with pytest.raises(ConfigError, match=why):
         by_function(tmp_path, body, registry).rehearse(rows(1))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(math.nan, 1.0), (1.0, math.nan), (math.nan, math.nan), (math.inf, 1.0)]
+)
+def test_a_score_that_is_no_number_is_no_verdict(ours, theirs):
+    """Not a win of either side."""
+    found = judges.by_score(side("a", "c"), side("b", "d"), ([ours, 2.0], [theirs, 1.0]))
+    assert found.winners == [None, "ours"]
+    assert found.facts["failures"] == 1
 
 
 # what is refused ---------------------------------------------------------------------------------
