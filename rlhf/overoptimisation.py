@@ -25,7 +25,7 @@ from rlhf.intervals import Mean, mean_of
 
 FILE = "overoptimisation.json"
 SCHEMA = 1
-MEMORY = 5  # evaluations that are compared with the last one
+MEMORY = 5  # evaluations that are kept; those but the newest are compared with the next one
 PACE = 0.25  # of what a point of score brought of the measure before: less is standing still
 SPREADS = 0.25  # a rise of the score that counts, in standard deviations of the SFT answers'
 LONGER = 1.5  # times the SFT answers' length
@@ -130,7 +130,7 @@ class Course:
             self.first = self.peak = now
             self.recent = [now]
             return []
-        if now.measure is not None:
+        if now.measure is not None and all(map(math.isfinite, now.measure)):
             self._follow(now, self.first, self.peak)
         self.recent = [*self.recent[1 - MEMORY :], now]
         known = {warning.name for warning in self.warnings}
@@ -242,7 +242,10 @@ def _no_gain(course: Course, now: Evaluation) -> str | None:
         return f"{course.measure} fell since step {course.peak.step}"
     if course.plateau is not None:
         return f"{course.measure} is flat since step {course.plateau.step}"
-    return None if _change(now, course.first).low > 0 else f"{course.measure} is flat"
+    change = _change(now, course.first)
+    if change.low > 0:
+        return None
+    return f"{course.measure} {'fell' if change.high < 0 else 'is flat'}"
 
 
 def _longer(first: Evaluation, now: Evaluation) -> str | None:

@@ -172,13 +172,14 @@ WORTH = ("eval/gold", "eval/second", "eval/score")
 
 
 def worth(held_out: dict[str, float], cfg: PPOConfig) -> float | None:
-    """What `@best` is chosen by; None beyond the KL budget or without any.
+    """What `@best` is chosen by; None beyond the KL budget, without any, or where it is no number.
 
     Gold where there is one, else the second reward model's score, else the score that is optimised.
     """
     if cfg.kl_budget is not None and held_out.get("eval/kl", 0.0) > cfg.kl_budget:
         return None
-    return next((held_out[name] for name in WORTH if name in held_out), None)
+    value = next((held_out[name] for name in WORTH if name in held_out), math.nan)
+    return value if math.isfinite(value) else None
 
 
 # ---------------------------------------------------------------- judge

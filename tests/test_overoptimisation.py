@@ -170,6 +170,24 @@ def test_a_sign_is_named_where_gold_does_not_gain_by_it(name, change, text):
     assert course(flat[0], evaluation(10, 3, 0, seed=5, noise=0.0, length=25.0))[0][1] == []
 
 
+def test_a_sign_says_so_where_gold_fell_while_the_score_did_not_rise():
+    said, whole = course(evaluation(0, 0, 0), evaluation(10, 0, -1, length=32.0))
+    assert said[1] == ["length"]
+    assert "length is up 60% (32.0 tokens) while gold fell:" in whole.warnings[0].text
+
+
+def test_a_measure_that_is_no_number_is_neither_a_rise_nor_a_fall():
+    """One score of a second reward model is lost, at a step that would be a plateau or a peak."""
+    steps = [evaluation(10 * n, n, n / 2) for n in range(4)]
+    lost = replace(steps[2], measure=[float("nan"), *steps[2].measure[1:]])
+    said, whole = course(*steps[:2], lost, steps[3])
+    assert said == [[]] * 4
+    assert whole.knee is None
+    flat = [replace(now, measure=lost.measure) for now in steps]
+    flat[0] = steps[0]
+    assert course(*flat)[0] == [[]] * 4
+
+
 def test_a_sign_is_named_again_after_gold_fell():
     """Gold may be above the SFT model's still."""
     late = evaluation(20, 3, 0.5, length=40.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import fields, replace
@@ -46,6 +47,21 @@ def stage(*, temperature=1.0, top_k=None, top_p=None, zero_stage=2, seed=0, new=
         engine=EngineConfig(zero_stage=zero_stage),
         ppo=PPOConfig(**settings),
     )
+
+
+@pytest.mark.parametrize(
+    ("held_out", "value"),
+    [
+        ({}, None),
+        ({"eval/score": 3.0, "eval/kl": 1.0}, 3.0),
+        ({"eval/score": 3.0, "eval/second": 2.0, "eval/kl": 1.0}, 2.0),
+        ({"eval/score": 3.0, "eval/second": 2.0, "eval/gold": 0.0, "eval/kl": 4.0}, 0.0),
+        ({"eval/gold": 1.0, "eval/kl": 4.1}, None),
+        ({"eval/second": math.nan, "eval/score": 3.0}, None),  # or no later one would be better
+    ],
+)
+def test_what_the_best_checkpoint_is_chosen_by(held_out, value):
+    assert ppo.worth(held_out, PPOConfig(kl_budget=4.0)) == value
 
 
 class Ids:

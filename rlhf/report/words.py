@@ -494,7 +494,7 @@ def within(groups: Sequence[Group], most: float) -> list[Group]:
 def knees(report: Report) -> str:
     """Where over-optimisation begins, of each run that has a knee."""
     found = [
-        f"{run.reference}: KL {knee[1]:.2f}" + (f" at step {knee[0]}" if knee[0] else "")
+        f"{run.reference}: KL {knee[1]:.2f}" + ("" if knee[0] is None else f" at step {knee[0]}")
         for run in report.shown
         if run.over and (knee := run.over.knee) and math.isfinite(knee[1])
     ]
