@@ -35,6 +35,7 @@ SCHEMA = 1
 GO, CAUTION, NO_GO = VERDICTS
 
 LENGTH_RULE = 0.95  # no-go: it prefers the longer (or the shorter) answer in this share of pairs
+UNEVEN_PAIRS = 30  # of different lengths; fewer show no such rule
 ECE_BEYOND_CHANCE = 0.05  # caution: calibration error above that of a calibrated model
 SLICE_PAIRS = 30  # that fewer pairs do not lie above chance is no caution
 
@@ -172,7 +173,7 @@ def make(
         agreement=list(agreement),
     )
     lost = sum(not math.isfinite(pair.chosen - pair.rejected) for pair in pairs)
-    verdict, reasons = judge(card, lost=lost)
+    verdict, reasons = judge(card, lost=lost, uneven=len(longer))
     return dataclasses.replace(card, verdict=verdict, reasons=reasons)
 
 
@@ -201,20 +202,21 @@ def _around_half(n: int) -> tuple[float, float]:
 # ---------------------------------------------------------------- verdict
 
 
-def judge(card: Card, *, lost: int = 0) -> tuple[str, list[str]]:
+def judge(card: Card, *, lost: int, uneven: int) -> tuple[str, list[str]]:
     """The verdict on the measures of a card, and its reasons, those of a no-go first.
 
     Args:
         lost: pairs with a score that is no number.
+        uneven: pairs whose answers differ in length.
     """
-    bad = _no_go(card)
+    bad = _no_go(card, uneven)
     if lost:
         bad.insert(0, f"{lost} of {card.pairs} pairs have a score that is no number")
     doubts = _caution(card)
     return (NO_GO if bad else CAUTION if doubts else GO), bad + doubts
 
 
-def _no_go(card: Card) -> list[str]:
+def _no_go(card: Card, uneven: int) -> list[str]:
     reasons = []
     longer = card.baselines["longer"].value
     rule, named = max((longer, '"the longer one wins"'), (1 - longer, '"the shorter one wins"'))
@@ -224,13 +226,14 @@ def _no_go(card: Card) -> list[str]:
             f"accuracy {card.accuracy} on {card.pairs} {card.split} pairs does not lie above "
             f"{against}"
         )
-    if card.prefers_longer is not None:
+    if card.prefers_longer is not None and uneven >= UNEVEN_PAIRS:
         for word, often in (
             ("longer", card.prefers_longer.value),
             ("shorter", 1 - card.prefers_longer.value),
         ):
             if often >= LENGTH_RULE:
-                reasons.append(f"it prefers the {word} answer in {often:.3f} of the pairs")
+                of = f"{often:.3f} of {uneven} pairs of different lengths"
+                reasons.append(f"it prefers the {word} answer in {of}")
     return reasons
 
 

@@ -41,9 +41,9 @@ def win_rate(challenger: Sequence[float], other: Sequence[float]) -> Mean:
 
 
 def wins(challenger: Sequence[float], other: Sequence[float]) -> list[float]:
-    """1 where `challenger` measures higher, 0 where `other` does, 0.5 where neither."""
+    """1 where `challenger` measures higher, 0 where `other` does, 0.5 where neither (ties, nan)."""
     pairs = zip(challenger, other, strict=True)
-    return [0.5 if a == b else float(a > b) for a, b in pairs]
+    return [0.5 + 0.5 * (a > b) - 0.5 * (b > a) for a, b in pairs]
 
 
 def share(outcomes: Sequence[float]) -> Mean:

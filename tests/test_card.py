@@ -215,7 +215,9 @@ def test_a_model_of_length_alone_gets_no_go(sign: int):
     assert made.verdict == "no-go"
     longer, shorter = ("longer", "shorter") if sign > 0 else ("shorter", "longer")
     assert f'"the {longer} one wins"' in made.reasons[0]
-    assert made.reasons[1] == f"it prefers the {longer} answer in 1.000 of the pairs"
+    assert made.reasons[1] == (
+        f"it prefers the {longer} answer in 1.000 of 1000 pairs of different lengths"
+    )
     assert not any(f"the {shorter}" in why for why in made.reasons)
 
 
@@ -228,8 +230,17 @@ def test_a_length_rule_that_beats_the_baseline_is_found_all_the_same():
     ]
     made = card.make(pairs, split="test")
     assert made.accuracy.low > 0.6 == pytest.approx(made.baselines["longer"].value)
-    assert made.reasons[0] == "it prefers the longer answer in 0.960 of the pairs"
+    assert made.reasons[0].startswith("it prefers the longer answer in 0.960 of 1000 pairs")
     assert made.verdict == "no-go"
+
+
+def test_a_handful_of_pairs_of_different_lengths_shows_no_rule_about_length():
+    """The model is right in all of 400 pairs; in those that differ the longer one is better."""
+    for uneven, verdict in ((card.UNEVEN_PAIRS - 1, "go"), (card.UNEVEN_PAIRS, "no-go")):
+        made = card.make([pair(5)] * (400 - uneven) + [pair(5, 3)] * uneven, split="test")
+        assert made.verdict == verdict
+        rule = f"it prefers the longer answer in 1.000 of {uneven} pairs of different lengths"
+        assert made.reasons == ([rule] if verdict == "no-go" else [])
 
 
 def test_guessing_gets_no_go():

@@ -12,7 +12,7 @@ import torch
 from rlhf import evaluate, models
 from rlhf.config import EvaluationConfig, RewardConfig, SamplingConfig
 from rlhf.evaluate import Answers, HeldOut
-from rlhf.intervals import Mean, mean_of, share, win_rate
+from rlhf.intervals import Mean, mean_of, share, win_rate, wins
 from rlhf.overoptimisation import Course
 from rlhf.rewards import Rewards
 from rlhf.text import Renderer
@@ -68,6 +68,7 @@ def test_win_rate_by_hand():
     assert win_rate([1.0, 1.0], [1.0, 1.0]).value == 0.5
     assert win_rate([1, 2], [0, 0]).value == 1.0
     assert win_rate([0, 0], [1, 2]).value == 0.0
+    assert wins([math.nan, 1, math.nan, 2], [1, math.nan, math.nan, 1]) == [0.5, 0.5, 0.5, 1]
     with pytest.raises(ValueError, match="zip"):
         win_rate([1.0], [1.0, 2.0])
 
