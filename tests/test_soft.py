@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import peft
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaModel,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
@@ -63,6 +65,8 @@ KINDS = {
     "qwen3": lambda: Qwen3Config(**IDS, **SIZES, head_dim=16),  # not hidden_size / heads
     "gpt2": lambda: GPT2Config(**IDS, **GPT2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
 }
+TAKEN = inspect.signature(LlamaModel.forward).parameters
+CACHE = "cache" if "cache" in TAKEN else "past_key_values"  # before transformers 5.24
 ROWS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24]]
 CLOSE = {"rtol": 0.0, "atol": 2e-5}  # of numbers up to 10; a pad that is seen moves them by 0.1
 
@@ -162,7 +166,7 @@ def given(plain, found, method, row):
             keys, values = parts[:, layer].permute(1, 2, 0, 3)  # [heads, P, width]
             cache.update(keys[None], values[None], layer)
         mask, places = torch.ones(1, P + len(row)), torch.arange(len(row))[None]
-        inputs = {"attention_mask": mask, "position_ids": places, "past_key_values": cache}
+        inputs = {"attention_mask": mask, "position_ids": places, CACHE: cache}
         return {"input_ids": ids} | inputs, 0
     words = plain.get_input_embeddings()(ids)
     return {"inputs_embeds": torch.cat([found[None], words], dim=1)}, P
@@ -262,7 +266,7 @@ def test_every_output_is_of_the_text_alone(method):
     assert [x.shape for x in out.hidden_states] == [(3, 9, 32)] * 3
     assert_close(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
     assert [x.shape for x in out.attentions] == [(3, 4, 9, P + 9)] * 2
-    assert out.past_key_values is None
+    assert out.get(CACHE) is None
 
 
 @each_method
@@ -272,7 +276,7 @@ def test_a_text_may_come_in_two_parts(method):
     model, (row,) = prompted(method), ROWS[1:2]
     expected = logits_by_hand(base(), model, method, row)
     first = model(input_ids=torch.tensor([row[:3]]))
-    second = model(input_ids=torch.tensor([row[3:]]), past_key_values=first.past_key_values)
+    second = model(input_ids=torch.tensor([row[3:]]), **{CACHE: first[CACHE]})
     assert_close(torch.cat([first.logits, second.logits], dim=1)[0], expected, **CLOSE)
 
 
@@ -771,3 +775,55 @@ def test_a_reward_model_trains_on_scores_after_the_prompt(
     assert found["start/eval/margin"] == pytest.approx(start, abs=1e-5)
     assert found["eval/margin"] == pytest.approx(lead(), abs=1e-5)
     assert found["eval/loss"] < found["start/eval/loss"] - 0.05
+
+
+# ------------------------------------------------------------------ a decoder of another release
+
+
+def renamed(name):
+    """A class of decoder that takes its keys and values by `name` alone, and gives them back so."""
+
+    class Renamed(LlamaModel):
+        def forward(self, **kwargs):
+            assert {"cache", "past_key_values"} & kwargs.keys() <= {name}
+            out = super().forward(**{CACHE if key == name else key: kwargs[key] for key in kwargs})
+            return Output({name if key == CACHE else key: out[key] for key in out})
+
+    kept = [p.replace(name=name) if p.name == CACHE else p for p in TAKEN.values()]
+    Renamed.forward.__signature__ = inspect.Signature(kept)
+    return Renamed
+
+
+class Output(dict):
+    """An output of a model, by names."""
+
+    def __init__(self, pairs=(), **named):
+        super().__init__(pairs, **named)
+
+    __getattr__ = dict.get
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_keys_and_values_enter_by_the_name_that_the_decoder_knows(method, name):
+    """Whatever the caller says: transformers 5.24 calls `cache` what was `past_key_values`."""
+    plain, other = base(), base()
+    other.model.__class__ = renamed(name)
+    model = stir(soft.attach(other, METHODS[method], head=False))
+    expected = by_hand(plain, model, method, ROWS[0])
+    for called in ("cache", "past_key_values"):
+        first = model.backbone(input_ids=torch.tensor([ROWS[0][:2]]), use_cache=True)
+        rest = {"input_ids": torch.tensor([ROWS[0][2:]]), called: first[name]}
+        second = model.backbone(**rest)
+        found = torch.cat([first["last_hidden_state"], second["last_hidden_state"]], dim=1)
+        assert_close(found[0], expected, **CLOSE)
+    kept = model.backbone(input_ids=torch.tensor([ROWS[0]]), use_cache=False)
+    assert kept.get(name) is None
+
+
+def test_a_decoder_that_takes_them_by_no_name_we_know_is_refused():
+    model = base()
+    model.model.__class__ = renamed("memory")
+    with pytest.raises(ConfigError, match="its decoder takes no cache or past_key_values"):
+        soft.attach(model, METHODS["p_tuning_v2"], head=False)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from rlhf.methods.settings import ADAPTER, PrefixConfig, PromptConfig, PTuningCo
 SMALL = 0.02  # standard deviation of a fresh prefix; as weights of transformers are drawn
 Settings = PrefixConfig | PromptConfig | PTuningConfig
 KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer, [1, heads, P, width of a head]
+
+# What decoders call the keys and values of the text so far: since transformers 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 # ---------------------------------------------------------------- on a model
 
@@ -139,10 +142,9 @@ def _begin_small(prompted: SoftPrompt) -> None:
 def _refuse_unfit(model: PreTrainedModel, config: peft.PromptLearningConfig, name: str) -> None:
     """Say why this model cannot take a soft prompt, before anything is changed."""
     backbone = getattr(model, model.base_model_prefix, None)
-    needed = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
-    taken = inspect.signature(backbone.forward).parameters if backbone is not None else {}
+    taken = arguments_of(backbone) if backbone is not None else ()
     why = ""
-    if missing := [argument for argument in needed if argument not in taken]:
+    if missing := lacking(taken):
         why = f"its decoder takes no {', '.join(missing)}"
     elif any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         why = (
@@ -156,6 +158,23 @@ def _refuse_unfit(model: PreTrainedModel, config: peft.PromptLearningConfig, nam
         )
     if why:
         raise _unfit(model, name, why)
+
+
+def arguments_of(decoder: nn.Module | type[nn.Module]) -> tuple[str, ...]:
+    """What the forward pass of a decoder takes, in order."""
+    return tuple(name for name in inspect.signature(decoder.forward).parameters if name != "self")
+
+
+def lacking(taken: Collection[str]) -> list[str]:
+    """What a soft prompt enters by, and these arguments of a decoder are without."""
+    needed = ("inputs_embeds", "attention_mask", "position_ids")
+    missing = [name for name in needed if name not in taken]
+    return missing if cache_argument(taken) else [*missing, " or ".join(CACHE_NAMES)]
+
+
+def cache_argument(taken: Collection[str]) -> str | None:
+    """The one of these names that is of the keys and values of the text so far."""
+    return next((name for name in CACHE_NAMES if name in taken), None)
 
 
 def _embedding_width(model: PreTrainedModel) -> int:
@@ -185,7 +204,8 @@ class SoftPrompt(peft.PeftModel):
         self.prompted = True  # off inside disable_adapter
         self.added = 0  # embeddings put before the text in the pass that is under way
         self.keeps_cache = True  # False: its caller asked for none, and gets none back
-        self.arguments = tuple(inspect.signature(self.backbone.forward).parameters)
+        self.arguments = arguments_of(self.backbone)
+        self.cache_argument = cache_argument(self.arguments) or CACHE_NAMES[0]
         # Methods rather than functions: a deep copy of the model then has hooks of its own.
         self.backbone.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.backbone.register_forward_hook(self._leave)
@@ -283,7 +303,10 @@ class SoftPrompt(peft.PeftModel):
         if not self.prompted:
             return None
         kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
-        past = kwargs.get("past_key_values")
+        # By the name the decoder knows now, whichever its caller has used.
+        caches = [kwargs.pop(name, None) for name in CACHE_NAMES]
+        past = next((cache for cache in caches if cache is not None), None)
+        kwargs[self.cache_argument] = past
         seen = 0 if past is None else int(past.get_seq_length())  # P virtual tokens included
         mask, positions = self._mask_and_positions(kwargs, text_seen=seen and seen - self.tokens)
         ones = mask.new_ones(len(mask), self.tokens)
@@ -340,12 +363,12 @@ class SoftPrompt(peft.PeftModel):
                 "engine.checkpointing=true: a prefix is keys and values in a cache, and layers "
                 "that are computed again have none. Use engine.checkpointing=false."
             )
-        if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = DynamicCache()
+        if kwargs[self.cache_argument] is None:
+            kwargs[self.cache_argument] = DynamicCache()
             wanted = kwargs.get("use_cache")
             self.keeps_cache = backbone.config.use_cache if wanted is None else wanted
         for layer, (keys, values) in enumerate(self.keys_and_values()):
-            kwargs["past_key_values"].update(
+            kwargs[self.cache_argument].update(
                 keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer
             )
 
@@ -360,7 +383,7 @@ class SoftPrompt(peft.PeftModel):
             if output.attentions is not None:  # [B, heads, T, P + T]
                 changes["attentions"] = tuple(x[:, :, self.added :] for x in output.attentions)
         if not self.keeps_cache:
-            changes["past_key_values"] = None
+            changes[cache_argument(output.keys()) or self.cache_argument] = None
         return type(output)(**(dict(output) | changes)) if changes else output
 
 
