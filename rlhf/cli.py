@@ -485,10 +485,12 @@ def doctor(
         print_json(found)
     else:
         libraries = [
-            (one.name, one.installed or "missing", one.needs, "" if one.fits else "does not fit")
+            (one.name, one.installed or "missing", one.needs, one.tested or "", one.standing)
             for one in found.libraries
         ]
-        print_table(("library", "installed", "needed", ""), libraries)
+        print_table(("library", "installed", "allowed", "tested", ""), libraries)
+        for note in found.notes:
+            print(note)
         print()
         print_table(("this machine", ""), list(found.machine.items()))
         print()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import tempfile
 import textwrap
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import guards, wandb_run
-from rlhf.config import PROJECT
-from rlhf.guards import within
+from rlhf import compatibility, guards, libraries, wandb_run
 from rlhf.methods.table import METHODS, Method
 
 WANDB_URL = "https://api.wandb.ai"
@@ -23,12 +19,24 @@ WANDB_URL = "https://api.wandb.ai"
 
 @dataclass(frozen=True)
 class Library:
-    """One line of the table of libraries; `installed` is None where it is missing."""
+    """One line of the table of libraries.
+
+    Attributes:
+        installed: its version; None where it is missing.
+        needs: the versions that are allowed.
+        tested: the version that the tests ran with; None where they ran without it.
+        standing: how `installed` stands to both, in words of `libraries.standing`.
+        fits: whether a stage can run with it.
+        features: what here touches it, where it is newer than tested.
+    """
 
     name: str
     installed: str | None
     needs: str
+    tested: str | None
+    standing: str
     fits: bool
+    features: list[str]
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,14 @@ class Report:
 
     Attributes:
         problems: what would stop every run, and what to do; empty where nothing would.
+        notes: what was not tested as it is here, and what that touches.
         libraries: python first, then those of pyproject.toml.
         machine: device, cores, threads, runs, W&B, in words.
         rules: the table of guards, in words.
     """
 
     problems: list[str]
+    notes: list[str]
     libraries: list[Library]
     machine: dict[str, str]
     rules: list[dict[str, Any]]
@@ -50,7 +60,7 @@ class Report:
 
 def examine(runs_dir: str) -> Report:
     """Look at this machine. Imports torch, and writes nothing that stays."""
-    libraries = _libraries()
+    found = _libraries()
     runs, unwritable = _runs(Path(runs_dir))
     device, broken = _device()
     machine = {
@@ -60,31 +70,49 @@ def examine(runs_dir: str) -> Report:
         "runs": runs,
         "W&B": _wandb(),
     }
-    problems = [*_misfits(libraries), *broken, *unwritable]
-    return Report(problems, libraries, machine, rules_in_words())
+    misfits = _misfits(found)
+    # A missing or a broken library has been named, and would be again, line after line.
+    lines = [] if misfits or broken else compatibility.changed()
+    changed = [compatibility.refusal(lines)] if lines else []
+    problems = [*misfits, *broken, *changed, *unwritable]
+    return Report(problems, _notes(found), found, machine, rules_in_words())
 
 
 def _libraries() -> list[Library]:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    optional = guards.needed("qlora")
-    needs = {"python": project["requires-python"], **guards.needed(), **optional}
-    found = {name: guards.installed(name) for name in needs}
-    found["python"] = platform.python_version()
-    return [
-        Library(name, version, needs[name], _fits(version, needs[name], name in optional))
-        for name, version in found.items()
+    optional = libraries.needed("qlora") | libraries.needed("dashboard")
+    needs = {"python": libraries.needed_python(), **libraries.needed(), **optional}
+    return [_library(name, needs[name], optional=name in optional) for name in needs]
+
+
+def _library(name: str, needs: str, *, optional: bool) -> Library:
+    version = libraries.installed(name)
+    tested = libraries.tested().get(name)
+    standing = libraries.standing(version, needs, tested)
+    if name == "python" and version is not None:
+        tested = ", ".join(libraries.tested_pythons())
+        standing = libraries.standing_of_python(version, needs)
+    fits = optional if version is None else libraries.within(version, needs)
+    features = compatibility.features(name) if standing == libraries.NEWER else []
+    return Library(name, version, needs, tested, standing, fits, features)
+
+
+def _notes(found: list[Library]) -> list[str]:
+    notes = [
+        f"{one.name} {one.installed} is newer than tested ({one.tested}); it touches: "
+        f"{'; '.join(one.features) or 'nothing by itself'}."
+        for one in found
+        if one.standing == libraries.NEWER
     ]
+    if notes:
+        notes.append("`make setup` installs what was tested; docs/compatibility.md says what ran.")
+    return notes
 
 
-def _fits(version: str | None, bounds: str, optional: bool) -> bool:
-    return optional if version is None else within(version, bounds)
-
-
-def _misfits(libraries: list[Library]) -> list[str]:
-    wrong = {one.name: one.installed or "missing" for one in libraries if not one.fits}
+def _misfits(found: list[Library]) -> list[str]:
+    wrong = {one.name: one.installed or "missing" for one in found if not one.fits}
     if not wrong:
         return []
-    texts = guards.misfits(wrong, {one.name: one.needs for one in libraries})
+    texts = guards.misfits(wrong, {one.name: one.needs for one in found})
     if "python" in wrong:
         return [f"[library-bounds] {texts['found']}. Make an environment with that python."]
     return [f"[library-bounds] {texts['found']}. Run `pip install {texts['wanted']}`."]

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf import deepspeed_settings, lifeline
+from rlhf import deepspeed_settings, libraries, lifeline
 from rlhf.config import EngineConfig
 from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.ranks import is_main, lost_another, world_size
@@ -46,6 +46,33 @@ LOSS_SCALING = {
 REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's own, for gradients that are reduced together
 
 
+def changed() -> Iterator[str]:
+    """What this file relies on in DeepSpeed, beside what it documents, and is not there: lines."""
+    _quiet_libraries()
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    yield from libraries.lacking(deepspeed.ops, "__compatible_ops__")
+    yield from libraries.lacking(
+        DeepSpeedEngine,
+        *("backward", "step", "get_global_grad_norm", "get_lr", "zero_optimization"),
+        *("gradient_clipping", "clip_fp32_gradients", "fp16_enabled"),
+    )
+    yield from libraries.refusing(
+        DeepSpeedEngine.save_checkpoint, "tag", "save_latest", "exclude_frozen_parameters"
+    )
+    yield from libraries.refusing(DeepSpeedEngine.load_checkpoint, "tag", "load_module_strict")
+    yield from libraries.unmentioned(
+        DeepSpeedEngine, "_global_grad_norm", "basic_optimizer", "load_universal_checkpoint"
+    )
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from libraries.lacking(optimizer, "clear_backward_seen_flag")
+        yield from libraries.unmentioned(optimizer, "overflow")
+    yield from libraries.refusing(deepspeed.zero.GatheredParameters.__init__, "modifier_rank")
+
+
 def start(seed: int) -> None:
     """Join the process group (of one, when started by plain `python`) and seed every generator.
 
@@ -56,9 +83,7 @@ def start(seed: int) -> None:
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    else:
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import deepspeed
 
@@ -80,6 +105,8 @@ def start(seed: int) -> None:
 def _quiet_libraries() -> None:
     """Libraries' notes on their own internals do not belong in a user's log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in (
         "DeepSpeed",
         "transformers",

@@ -7,23 +7,19 @@ docs/guards.md is made from it.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import math
 import os
 import shutil
 import sys
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-
-from rlhf.config import PROJECT
+from rlhf import libraries
 from rlhf.errors import ConfigError
+from rlhf.libraries import within
 from rlhf.methods.table import METHODS
 from rlhf.ranks import rows_per_pass, world_size
 
@@ -73,26 +69,10 @@ class Facts:
 
 def facts(processes: int = 1) -> Facts:
     """What can be known without torch."""
-    needs = needed() | needed("qlora")
-    found = {name: installed(name) for name in needs}
+    needs = libraries.needed() | libraries.needed("qlora")
+    found = {name: libraries.installed(name) for name in needs}
     versions = {name: text for name, text in found.items() if text}
     return Facts(versions, needs, processes, lacks=lacking())
-
-
-def needed(extra: str | None = None) -> dict[str, str]:
-    """Library -> the versions pyproject.toml asks for, always or as one of its extras."""
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
-    wanted = [Requirement(text) for text in texts]
-    return {one.name: ",".join(sorted(map(str, one.specifier), reverse=True)) for one in wanted}
-
-
-def installed(library: str) -> str | None:
-    """The version of a library that is installed, without importing it."""
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def lacking() -> tuple[str, ...]:
@@ -107,11 +87,6 @@ def lacking() -> tuple[str, ...]:
     )
     missing = [] if shutil.which(compiler) else [f"a C++ compiler ({compiler})"]
     return (*missing, *([] if shutil.which("ninja", path=scripts) else ["ninja"]))
-
-
-def within(version: str, bounds: str) -> bool:
-    """Whether a version lies in bounds such as ">=2.11,<2.14". Pre-releases and builds count."""
-    return SpecifierSet(bounds).contains(version, prereleases=True)
 
 
 def device() -> Device:

@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf import engine, parts
+from rlhf import engine, libraries, parts
 from rlhf.config import EngineConfig, ModelConfig
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.manifest import BaseModel
@@ -41,6 +41,26 @@ from rlhf.methods import tokens as new_tokens
 from rlhf.methods.settings import ADAPTER, METHOD_SETTINGS, LoraConfig, MethodConfig
 from rlhf.ranks import is_main
 from rlhf.registry import Published
+
+# What switches `engine.checkpointing` on in a model: since transformers 5.24, and before.
+_RECOMPUTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+
+
+def changed() -> Iterator[str]:
+    """What this file relies on in transformers and peft, and is not there: lines."""
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    passed = ("input_ids", "attention_mask", "position_ids", "use_cache")
+    yield from libraries.refusing(LlamaForCausalLM.forward, *passed, "logits_to_keep")
+    yield from libraries.unmentioned(LlamaForSequenceClassification, parts.HEAD.rstrip("."))
+    yield from libraries.unmentioned(PreTrainedModel, "output_loading_info", "base_model_prefix")
+    yield from libraries.lacking(
+        PreTrainedModel, "can_generate", "|".join(_RECOMPUTING), "set_attn_implementation"
+    )
+    yield from libraries.lacking(BaseTunerLayer, "enable_adapters", "set_adapter")
+    yield from libraries.lacking(peft.PeftModel, "get_base_model")
+    yield from libraries.refusing(peft.LoraModel.merge_and_unload, "adapter_names")
+
 
 # ---------------------------------------------------------------- loading
 
@@ -313,7 +333,8 @@ def recompute(model: nn.Module, cfg: EngineConfig) -> None:
     inner = _inner(whole(model))
     frozen = any(not p.requires_grad for p in inner.parameters())
     reentrant = cfg.zero_stage == 3 and frozen
-    inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    enable = next(name for name in _RECOMPUTING if hasattr(inner, name))
+    getattr(inner, enable)({"use_reentrant": reentrant})
     if reentrant:  # which has no gradient where no input asks for one
         inner.enable_input_require_grads()
 

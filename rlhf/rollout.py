@@ -4,7 +4,7 @@ neither on its neighbours in the batch nor on padding nor on the number of proce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from rlhf import engine
+from rlhf import engine, libraries
 from rlhf.config import PPOStage, SamplingConfig
 from rlhf.ranks import rank, world_size
 from rlhf.text import Renderer
@@ -57,6 +57,16 @@ class Rollout:
         """The sampled token ids of each row, without padding."""
         pairs = zip(self.responses, self.response_mask, strict=True)
         return [row[mask].tolist() for row, mask in pairs]
+
+
+def changed() -> Iterator[str]:
+    """What sampling relies on in transformers, and is not there: lines."""
+    from transformers import GenerationMixin
+
+    asked = ("generation_config", "logits_processor", "synced_gpus")
+    yield from libraries.refusing(GenerationMixin.generate, *asked)
+    given = ("max_new_tokens", "do_sample", "eos_token_id", "pad_token_id", "use_cache")
+    yield from libraries.unmentioned(GenerationConfig, *given)
 
 
 @torch.no_grad()

@@ -6,10 +6,11 @@ row is asserted.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.data import RandomSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from rlhf import engine, models, ranks
+from rlhf import engine, libraries, models, ranks
 from rlhf.config import EngineConfig, TrainConfig
 from rlhf.keeper import Keeper
 from rlhf.methods import courses, lora_drop
@@ -41,6 +42,51 @@ NAMES = {  # TRL's name -> ours
     "eval_accuracy": "eval/accuracy",
     "eval_margin": "eval/margin",
 }
+
+_SFT = {"completion_only_loss": True, "max_length": None}  # settings that TRL adds
+_RM = {"max_length": None, "center_rewards_coefficient": None}
+
+# What TRL calls `engine.checkpointing`; transformers 5.24 has a newer name, which is to replace it.
+_RECOMPUTES = next(
+    name
+    for name in ("gradient_checkpointing", "activation_checkpointing")
+    if name in SFTConfig.__dataclass_fields__
+)
+
+
+def changed() -> Iterator[str]:
+    """What this file relies on in TRL and in transformers' Trainer, and is not there: lines.
+
+    A method that is overridden here and that the Trainer no longer has would never be called, and
+    no error would say so.
+    """
+    for kind in (SFTTrainer, RewardTrainer):
+        yield from libraries.lacking(
+            kind,
+            *("_get_train_sampler", "create_optimizer", "create_scheduler", "compute_loss"),
+            *("train", "_save_checkpoint", "evaluate", "save_model", "_prepare_inputs"),
+            "compute_loss_context_manager",
+        )
+        yield from libraries.unmentioned(
+            kind,
+            *("_tr_loss", "_globalstep_last_logged", "_metrics", "neftune_hook_handle"),
+            *("current_gradient_accumulation_steps", "callback_handler", "deepspeed"),
+        )
+    yield from libraries.refusing(Trainer._save_checkpoint, "model", "trial")
+    yield from libraries.refusing(Trainer._get_train_sampler, "train_dataset")
+    yield from libraries.refusing(Trainer.create_scheduler, "num_training_steps", "optimizer")
+    yield from libraries.refusing(
+        Trainer.compute_loss, "model", "inputs", "return_outputs", "num_items_in_batch"
+    )
+    yield from libraries.refusing(Trainer.save_model, "output_dir", "_internal_call")
+    yield from libraries.unmentioned(inspect.getmodule(SFTTrainer), "input_ids", "completion_mask")
+    yield from libraries.unmentioned(
+        inspect.getmodule(RewardTrainer), "chosen_ids", "rejected_ids", "accuracy", "margin"
+    )
+    ours = _arguments(TrainConfig(), EngineConfig(), steps=1, micro=1, accumulation=1)
+    others = ("output_dir", "max_steps", "eval_on_start", "seed", "deepspeed")
+    for config, specific in ((SFTConfig, _SFT), (RewardConfig, _RM)):
+        yield from libraries.refusing(config.__init__, *ours, *others, *specific)
 
 
 def optimizer_steps(cfg: TrainConfig, rows: int) -> int:
@@ -65,7 +111,7 @@ def train_sft(
     return _train(
         _SFTTrainer,
         SFTConfig,
-        {"completion_only_loss": True, "max_length": None},
+        dict(_SFT),
         model,
         tokenizer,
         train_rows,
@@ -88,7 +134,7 @@ def train_rm(
     return _train(
         _RewardTrainer,
         RewardConfig,
-        {"max_length": None, "center_rewards_coefficient": center_coef or None},
+        _RM | {"center_rewards_coefficient": center_coef or None},
         model,
         tokenizer,
         train_rows,
@@ -139,7 +185,6 @@ def _train(
     micro = ranks.rows_per_pass(rows, cfg.micro_batch_size)
     accumulation = rows // micro
     steps = optimizer_steps(cfg, len(train_rows))
-    schedule = "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
     course = courses.of(method, model, cfg, steps)
     if isinstance(method, LoraDropConfig):
         _share(model, tokenizer, train_rows, method, cfg, engine_cfg, seed, micro, keeper)
@@ -149,15 +194,8 @@ def _train(
         args = config_class(
             output_dir=scratch,
             max_steps=steps,
-            learning_rate=cfg.learning_rate,
-            lr_scheduler_type=schedule,
-            warmup_steps=round(cfg.warmup * steps),
-            weight_decay=0.0,
-            max_grad_norm=cfg.max_grad_norm,
-            per_device_train_batch_size=micro,
-            per_device_eval_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
-            optim="adamw_torch",
+            eval_on_start=keeper.step == 0,
+            seed=seed,
             deepspeed=engine.deepspeed_config(
                 engine_cfg,
                 model,
@@ -166,20 +204,7 @@ def _train(
                 max_grad_norm=cfg.max_grad_norm,
             )
             | {"checkpoint": {"load_universal": converted}},
-            bf16=engine.dtype(engine_cfg) == torch.bfloat16,
-            fp16=engine.dtype(engine_cfg) == torch.float16,
-            gradient_checkpointing=engine_cfg.checkpointing,
-            use_cpu=engine.device().type == "cpu",
-            dataloader_pin_memory=engine.device().type != "cpu",
-            eval_strategy="steps",
-            eval_steps=cfg.eval_every,
-            eval_on_start=keeper.step == 0,
-            save_strategy="no",
-            neftune_noise_alpha=cfg.neftune_alpha,
-            logging_steps=max(1, cfg.eval_every // 4),
-            disable_tqdm=True,
-            report_to=[],
-            seed=seed,
+            **_arguments(cfg, engine_cfg, steps, micro, accumulation),
             **specific,
         )
         dtypes = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
@@ -220,6 +245,37 @@ def _train(
         models.load_trained(model, best / "model")
     first = {f"start/{name}": value for name, value in keeper.state["first"].items()}
     return first | keeper.state["best"]
+
+
+def _arguments(
+    cfg: TrainConfig, engine_cfg: EngineConfig, steps: int, micro: int, accumulation: int
+) -> dict[str, Any]:
+    """Our settings by the Trainer's names."""
+    return {
+        "learning_rate": cfg.learning_rate,
+        "lr_scheduler_type": (
+            "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
+        ),
+        "warmup_steps": round(cfg.warmup * steps),
+        "weight_decay": 0.0,
+        "max_grad_norm": cfg.max_grad_norm,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "optim": "adamw_torch",
+        "bf16": engine.dtype(engine_cfg) == torch.bfloat16,
+        "fp16": engine.dtype(engine_cfg) == torch.float16,
+        _RECOMPUTES: engine_cfg.checkpointing,
+        "use_cpu": engine.device().type == "cpu",
+        "dataloader_pin_memory": engine.device().type != "cpu",
+        "eval_strategy": "steps",
+        "eval_steps": cfg.eval_every,
+        "save_strategy": "no",
+        "neftune_noise_alpha": cfg.neftune_alpha,
+        "logging_steps": max(1, cfg.eval_every // 4),
+        "disable_tqdm": True,
+        "report_to": [],
+    }
 
 
 def _share(

@@ -6,7 +6,7 @@ python stages/ppo.py run=tiny run_name=kl01 ppo.kl_coef=0.1
 from functools import partial
 from typing import Any
 
-from rlhf import config, contract, data, guards, rewards
+from rlhf import compatibility, config, contract, data, guards, rewards
 from rlhf.launch import stage
 from rlhf.registry import Registry
 from rlhf.session import open_session
@@ -26,6 +26,7 @@ def main(cfg: config.PPOStage) -> None:
     with open_session(cfg, used, parents) as session:
         if session.finished:
             return
+        compatibility.check(cfg)
         for note in contract.card_notes([*rms, *second]):
             session.note(note)
         from rlhf import (

@@ -3,7 +3,7 @@
 python stages/rm.py run=tiny train.epochs=1
 """
 
-from rlhf import config, contract, data, guards
+from rlhf import compatibility, config, contract, data, guards
 from rlhf.launch import stage
 from rlhf.registry import Registry
 from rlhf.session import open_session
@@ -20,6 +20,7 @@ def main(cfg: config.RMStage) -> None:
     with open_session(cfg, splits, {"policy": sft}) as session:
         if session.finished:
             return
+        compatibility.check(cfg)
         for note in contract.sibling_notes(registry, sft, cfg):
             session.note(note)
         from rlhf import card, engine, evaluate, golden, models, probes, supervised, text

@@ -3,7 +3,7 @@
 python stages/sft.py run=tiny method=lora train.learning_rate=1e-3
 """
 
-from rlhf import config, contract, data, guards
+from rlhf import compatibility, config, contract, data, guards
 from rlhf.launch import stage
 from rlhf.session import open_session
 
@@ -16,6 +16,7 @@ def main(cfg: config.SFTStage) -> None:
     with open_session(cfg, splits) as session:
         if session.finished:
             return
+        compatibility.check(cfg)
         from rlhf import engine, evaluate, golden, models, supervised, text
         from rlhf.methods import tokens
 

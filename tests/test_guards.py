@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from rlhf import guards, launch
+from rlhf import guards, launch, libraries
 from rlhf.config import CONF, PROJECT, EngineConfig, TrainConfig
 from rlhf.errors import ConfigError
 from rlhf.guards import Device
@@ -94,14 +94,14 @@ CASES = [
         "deepspeed-mixed-dtypes",
         "sft",
         ALLOWED,
-        ["on deepspeed 0.19.2", "Run `pip install 'deepspeed>=0.19.8'`."],
+        ["on deepspeed 0.19.2", "Run `pip install 'deepspeed>=0.19.8,<1'`."],
         versions={"deepspeed": "0.19.2"},
     ),
     Case(
         "deepspeed-frozen-checkpointing",
         "ppo",
         [*ALLOWED, "engine.checkpointing=true", "engine.dtype=fp32"],
-        ["engine.checkpointing=true", "deepspeed 0.19.1:", "'deepspeed>=0.19.8'"],
+        ["engine.checkpointing=true", "deepspeed 0.19.1:", "'deepspeed>=0.19.8,<1'"],
         versions={"deepspeed": "0.19.1"},
     ),
     Case(
@@ -109,8 +109,8 @@ CASES = [
         "rm",
         [],
         [
-            "torch 2.14.1 (>=2.11,<2.14 is needed), deepspeed 0.19.3 (>=0.19.8 is needed):",
-            "Run `pip install 'torch>=2.11,<2.14' 'deepspeed>=0.19.8'`.",
+            "torch 2.14.1 (>=2.11,<2.14 is needed), deepspeed 0.19.3 (>=0.19.8,<1 is needed):",
+            "Run `pip install 'torch>=2.11,<2.14' 'deepspeed>=0.19.8,<1'`.",
         ],
         versions={"torch": "2.14.1", "deepspeed": "0.19.3"},
     ),
@@ -374,25 +374,29 @@ def test_a_library_rule_asks_for_its_versions_and_for_the_settings():
     ],
 )
 def test_versions_are_compared_as_versions(version, bounds, inside):
-    assert guards.within(version, bounds) is inside
+    assert libraries.within(version, bounds) is inside
 
 
 def test_the_bounds_are_those_of_pyproject_and_hold_here():
-    needs = guards.needed()
+    needs = libraries.needed()
     assert needs["torch"] == ">=2.11,<2.14"
-    assert needs["trl"] == ">=1.13"
-    assert needs["hydra-core"] == ">=1.3.2,<1.4"
+    assert needs["trl"] == ">=1.13,<2"
+    assert needs["hydra-core"] == ">=1.3.2,<2"
     assert guards.facts().outside == {}
 
 
 @pytest.mark.parametrize(
     ("library", "version", "wanted"),
-    [("trl", "1.12.0", ">=1.13"), ("torch", "2.10.1", ">=2.11,<2.14"), ("peft", "0.9", ">=0.21")],
+    [
+        ("trl", "1.12.0", ">=1.13,<2"),
+        ("torch", "2.10.1", ">=2.11,<2.14"),
+        ("peft", "0.9", ">=0.21,<1"),
+    ],
 )
 def test_what_is_installed_despite_the_bounds_is_refused(monkeypatch, library, version, wanted):
-    found = guards.importlib.metadata.version
+    found = libraries.importlib.metadata.version
     monkeypatch.setattr(
-        guards.importlib.metadata,
+        libraries.importlib.metadata,
         "version",
         lambda name: version if name == library else found(name),
     )
@@ -405,9 +409,9 @@ def test_what_is_installed_despite_the_bounds_is_refused(monkeypatch, library, v
 
 def test_a_library_that_is_missing_is_left_to_who_imports_it(monkeypatch):
     def version(name: str) -> str:
-        raise guards.importlib.metadata.PackageNotFoundError(name)
+        raise libraries.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(guards.importlib.metadata, "version", version)
+    monkeypatch.setattr(libraries.importlib.metadata, "version", version)
     assert guards.facts().versions == {}
     assert guards.check(sft()) == []
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf import libraries
 from rlhf.errors import ConfigError
 from rlhf.methods import lora_drop
 from rlhf.methods import tokens as new_tokens
@@ -43,6 +44,19 @@ Family = LoraConfig | VeraConfig | IA3Config
 
 WEIGHTS = "adapter_model.safetensors"
 _TRIPLE = ("lora_A", "lora_B", "lora_E")  # what AdaLoRA's adapter of a layer has
+
+
+def changed() -> Iterator[str]:
+    """What the low-rank family relies on in peft, and is not there: lines."""
+    yield from libraries.unmentioned(LoraLayer, "lora_A", "lora_B", "scaling")
+    yield from libraries.unmentioned(AdaLoraLayer, "lora_A", "lora_B", "lora_E")
+    yield from libraries.unmentioned(peft.AdaLoraModel, "rankallocator", "update_and_allocate")
+    yield from libraries.unmentioned(new_tokens.TrainableTokensWrapper, "token_adapter")
+    yield from libraries.refusing(
+        peft.LoraConfig.__init__,
+        *("use_rslora", "use_dora", "init_lora_weights", "trainable_token_indices"),
+    )
+
 
 # ---------------------------------------------------------------- on a model
 

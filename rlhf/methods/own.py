@@ -6,7 +6,7 @@ types are members of an enum of strings; ours are members of another, found by t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from rlhf import libraries
 from rlhf.errors import ConfigError
 from rlhf.methods.settings import ADAPTER
 from rlhf.parts import HEAD
@@ -34,6 +35,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": F.tanh,
 }
+
+
+def changed() -> Iterator[str]:
+    """What tuners of ours rely on in peft, and is not there: lines."""
+    yield from libraries.refusing(
+        BaseTuner._create_and_replace,
+        *("peft_config", "adapter_name", "target", "target_name", "parent", "current_key"),
+    )
+    yield from libraries.lacking(BaseTuner, "_replace_module", "_prepare_model", "unload")
+    yield from libraries.lacking(
+        BaseTunerLayer,
+        *("adapter_layer_names", "other_param_names", "active_adapters", "disable_adapters"),
+        *("enable_adapters", "set_adapter", "get_base_layer"),
+    )
+    fields = ("_disable_adapters", "_active_adapter", "merged_adapters")
+    yield from libraries.unmentioned(BaseTunerLayer, *fields)
+    yield from libraries.unmentioned(BaseTuner, "prefix", "tuner_layer_cls")
 
 
 class OwnType(StrEnum):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from rlhf import libraries
 from rlhf.errors import ConfigError, ShapeError
 from rlhf.methods.settings import ADAPTER, PrefixConfig, PromptConfig, PTuningConfig
 
@@ -37,6 +38,22 @@ KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer, [1, heads, P, widt
 
 # What decoders call the keys and values of the text so far: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
+
+
+def changed() -> Iterator[str]:
+    """What soft prompts rely on in peft and transformers, and is not there: lines."""
+    from transformers import LlamaModel
+
+    arguments = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
+    yield from libraries.refusing(LlamaModel.forward, *arguments, "|".join(CACHE_NAMES))
+    yield from libraries.refusing(DynamicCache.__init__, "config")
+    yield from libraries.refusing(DynamicCache.update, "key_states", "value_states", "layer_idx")
+    yield from libraries.refusing(peft.PeftModel.get_prompt, "batch_size")
+    yield from libraries.refusing(peft.PeftModel.get_prompt_embedding_to_save, "adapter_name")
+    yield from libraries.unmentioned(peft.PeftModel, "prompt_encoder", "active_peft_config")
+    yield from libraries.refusing(ModulesToSaveWrapper.enable_adapters, "enabled")
+    yield from libraries.unmentioned(PreTrainedModel, "gradient_checkpointing")
+
 
 # ---------------------------------------------------------------- on a model
 

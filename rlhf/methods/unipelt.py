@@ -15,7 +15,7 @@ model starts as another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from rlhf import libraries
 from rlhf.errors import ConfigError
 from rlhf.methods import own
 from rlhf.methods.settings import UniPELTConfig
@@ -37,6 +38,19 @@ _ATTENTION = {"eager": eager_attention_forward, "sdpa": AttentionInterface()["sd
 _NAME = "unipelt_{}"  # what transformers calls an attention of these that knows of prefixes
 
 Prefix = tuple[Tensor, Tensor, Tensor]  # gate [B, T, 1], keys and values [key-value heads, P, d]
+
+
+def changed() -> Iterator[str]:
+    """What the gated prefix relies on in transformers, and is not there: lines."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    asked = ("module", "query", "key", "value", "attention_mask")
+    for attention in _ATTENTION.values():
+        yield from libraries.refusing(attention, *asked)
+    # The prefix is handed over by a keyword that the attention does not know, and passes on.
+    yield from libraries.refusing(LlamaAttention.forward, "hidden_states", "kwargs")
+    yield from libraries.unmentioned(LlamaAttention, "k_proj", "head_dim", "_attn_implementation")
+    yield from libraries.lacking(PreTrainedModel, "set_attn_implementation")
 
 
 def attach(model: PreTrainedModel, cfg: UniPELTConfig, *, head: bool) -> peft.PeftModel:
