@@ -69,7 +69,7 @@ check: setup ## format, lint, types
 	$(BIN)/mypy
 
 test: setup ## tests, about ten minutes, no network and no GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not browser and not readme"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20 -m "not slow and not gpu and not browser and not readme"
 
 # What touches an outside library, a file of tests for each of its homes, and the three stages.
 QUICK := $(addprefix tests/test_,$(addsuffix .py,compatibility engine models supervised text \

@@ -7,6 +7,7 @@ inside the fixtures that need it, so that the tests of what must answer fast sta
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,20 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<system>", "<user>", "<assistant>")
 WORDS = (" the", " a", " and", " is", " was", " fox", " kite", " happy", " friend", "Tell", " me")
+
+
+def cpu_seconds() -> float:
+    """Of this process and of every process below it that has ended and was waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests cost, whatever else the machine did; xdist's workers have ended by now."""
+    terminalreporter.section("cost")
+    terminalreporter.write_line(
+        f"{cpu_seconds():.0f} CPU seconds (this process and its children and workers)"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
