@@ -8,6 +8,7 @@ import inspect
 import peft
 import pytest
 import torch
+from covering import pairwise
 from tokenizers.processors import TemplateProcessing
 from torch.testing import assert_close
 from transformers import (
@@ -70,9 +71,34 @@ CACHE = "cache" if "cache" in TAKEN else "past_key_values"  # before transformer
 ROWS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24]]
 CLOSE = {"rtol": 0.0, "atol": 2e-5}  # of numbers up to 10; a pad that is seen moves them by 0.1
 
+# Keys and values before those of every layer, or embeddings before the first: each kind of model
+# once by either way, each method at least once. What makes the vectors knows no kind of model.
+PAIRS = [
+    ("prefix_tuning", "llama"),
+    ("prompt_tuning", "llama"),
+    ("p_tuning_v2", "qwen2"),
+    ("p_tuning_lstm", "qwen2"),
+    ("prefix_tuning", "qwen3"),
+    ("p_tuning_mlp", "qwen3"),
+    ("p_tuning_v2", "gpt2"),
+    ("prompt_tuning", "gpt2"),
+]
+ATTENTION = ["eager", "sdpa"]
+
 each_method = pytest.mark.parametrize("method", METHODS)
-each_kind = pytest.mark.parametrize("kind", KINDS)
-each_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
+each_pair = pytest.mark.parametrize(("method", "kind"), PAIRS)
+
+
+def each(names, *axes):
+    """Every pair of PAIRS, and any two values of it and of `axes` in some row."""
+    rows = [(*pair, *rest) for pair, *rest in pairwise(PAIRS, *axes)]
+    return pytest.mark.parametrize(("method", "kind", *names.split()), rows)
+
+
+def test_every_kind_has_a_prompt_of_either_way_and_every_method_a_kind():
+    ways = {(method in ("prefix_tuning", "p_tuning_v2"), kind) for method, kind in PAIRS}
+    assert ways == {(way, kind) for way in (True, False) for kind in KINDS}
+    assert {method for method, _ in PAIRS} == set(METHODS)
 
 
 def base(kind="llama", *, head=False, attn="eager", seed=0, config=None):
@@ -187,9 +213,7 @@ def logits_by_hand(plain, model, method, row):
 # ------------------------------------------------------------------ what is computed
 
 
-@each_method
-@each_kind
-@each_attention
+@each("attn", ATTENTION)
 @torch.no_grad()
 def test_a_model_with_a_prompt_computes_its_definition(method, kind, attn):
     """And that is far from what it computes without."""
@@ -202,11 +226,7 @@ def test_a_model_with_a_prompt_computes_its_definition(method, kind, attn):
         assert (plain(input_ids=ids).logits[0] - expected).abs().max() > 0.5
 
 
-@each_method
-@each_kind
-@each_attention
-@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-@pytest.mark.parametrize("explicit", [True, False], ids=["positions", "no_positions"])
+@each("attn left explicit", ATTENTION, [True, False], [True, False])
 @torch.no_grad()
 def test_padding_changes_nothing(method, kind, attn, left, explicit):
     """The decoder itself, as `models.hidden_states` calls it, and as TRL does."""
@@ -222,8 +242,7 @@ def test_padding_changes_nothing(method, kind, attn, left, explicit):
         assert_close(found[number][mask[number]], expected, **CLOSE)
 
 
-@each_method
-@each_kind
+@each_pair
 @torch.no_grad()
 def test_response_logits_are_those_of_the_unpadded_row(method, kind):
     """Prompts padded on the left, answers on the right: `logits_to_keep` counts from the end."""
@@ -239,9 +258,7 @@ def test_response_logits_are_those_of_the_unpadded_row(method, kind):
         assert_close(found[number, : len(answer)], expected, **CLOSE)
 
 
-@each_method
-@each_kind
-@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@each("left", [True, False])
 @torch.no_grad()
 def test_scores_are_those_of_the_unpadded_row(method, kind, left):
     """By our reading of the head, and by that of transformers, which TRL's loss uses."""
@@ -322,14 +339,11 @@ def step_by_step(plain, model, method, row, steps):
     return row[-steps:], torch.stack(logits)
 
 
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 SHOWN = {"return_dict_in_generate": True, "output_logits": True}
 
 
-@each_method
-@each_kind
-@each_attention
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
+@each("attn use_cache", ATTENTION, [True, False])
 def test_generation_is_that_of_whole_passes(method, kind, attn, use_cache):
     """With prompts padded on the left, and with none padded, where transformers drops the mask."""
     model, plain = prompted(method, kind, attn=attn), base(kind)
@@ -339,7 +353,7 @@ def test_generation_is_that_of_whole_passes(method, kind, attn, use_cache):
         config = GenerationConfig(**GREEDY, **SHOWN, use_cache=use_cache)
         out = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=config)
         for number, row in enumerate(rows):
-            tokens, logits = step_by_step(plain, model, method, row, 6)
+            tokens, logits = step_by_step(plain, model, method, row, 4)
             assert out.sequences[number, ids.shape[1] :].tolist() == tokens
             assert_close(torch.stack(out.logits)[:, number], logits, **CLOSE)
 
@@ -431,9 +445,7 @@ def test_a_copy_has_a_prompt_of_its_own(method):
 # ------------------------------------------------------------------ saved, and put back
 
 
-@each_method
-@each_kind
-@pytest.mark.parametrize("trained", [True, False])
+@each("trained", [True, False])
 @torch.no_grad()
 def test_a_saved_prompt_comes_back_to_the_bit(method, kind, trained, tmp_path):
     """And once more from there; what is not trained has no gradient."""
@@ -447,8 +459,7 @@ def test_a_saved_prompt_comes_back_to_the_bit(method, kind, trained, tmp_path):
     assert {name for name, w in model.named_parameters() if w.requires_grad} == wanted
 
 
-@each_method
-@each_kind
+@each_pair
 @torch.no_grad()
 def test_a_saved_head_comes_back_over_another(method, kind, tmp_path):
     model, (ids, mask) = prompted(method, kind, head=True), padded(ROWS, left=True)
