@@ -12,6 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from covering import pairwise
 from launching import start_ranks
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
@@ -294,10 +295,11 @@ class Merging:
         return float(value)
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["sft", "rm"])
-@pytest.mark.parametrize("zero", [0, 1, 2])
-@pytest.mark.parametrize("method", [RELORA, PLORA], ids=["relora", "plora"])
-def test_phases_are_merging_and_starting_anew(tiny_tokenizer, tmp_path, method, zero, head):
+@pytest.mark.parametrize(
+    ("zero", "name", "head"), pairwise([0, 1, 2], ["relora", "plora"], [False, True])
+)
+def test_phases_are_merging_and_starting_anew(tiny_tokenizer, tmp_path, zero, name, head):
+    method = RELORA if name == "relora" else PLORA
     model = attach(method, head)
     draws = {
         name.removeprefix("base_model.model."): module.lora_A["default"].weight.detach().clone()
@@ -370,34 +372,33 @@ def test_a_finished_block_stays_bit_for_bit(tiny_tokenizer, tmp_path, zero, dtyp
 @pytest.mark.parametrize(
     ("method", "zero", "stop"),
     [
-        *((RELORA, 2, stop) for stop in (2, 3, 4)),
+        *((RELORA, 2, stop) for stop in (3, 4)),
         (PLORA, 0, 3),
         (PLUS, 2, 3),
-        *((MANY, 0, stop) for stop in (3, 4, 6, 8)),
+        *((MANY, 0, stop) for stop in (3, 4, 8)),
     ],
 )
 def test_a_resumed_run_is_the_unbroken_one(tiny_tokenizer, tmp_path, method, zero, stop):
-    """Stopped inside a phase and at its end, between two prunings and at one; bit for bit."""
-    for head in (False, True) if stop == 3 else (False,):
-        cfg = config(schedule="linear", batch_size=4)  # other rows in each step
-        unbroken = attach(method, head)
-        place = tmp_path / str(head)
-        whole = train(unbroken, method, tiny_tokenizer, place / "a", zero=zero, cfg=cfg)
-        model = attach(method, head)
-        with pytest.raises(interrupts.Terminated):
-            train(model, method, tiny_tokenizer, place / "b", zero=zero, cfg=cfg, stop=stop - 1)
-        names = [p.name for p in (place / "b/sft/t/checkpoints").iterdir()]
-        assert any(name.endswith(f"{stop}") for name in names), names
-        again = attach(method, head)
-        rest = train(again, method, tiny_tokenizer, place / "b", zero=zero, cfg=cfg)
-        assert_equal(trained(again), trained(unbroken))
-        found, expected = rest.losses(), whole.losses()
-        assert min(found) == stop + 1
-        assert found == {k: expected[k] for k in found}
-        if method is MANY:
-            patterns = [m.peft_config["default"].rank_pattern for m in (again, unbroken)]
-            assert patterns[0] == patterns[1]
-            assert patterns[0]
+    """Stopped inside a phase and at its end, between two prunings, at one and after the last."""
+    head = stop == 3
+    cfg = config(schedule="linear", batch_size=4)  # other rows in each step
+    unbroken = attach(method, head)
+    whole = train(unbroken, method, tiny_tokenizer, tmp_path / "a", zero=zero, cfg=cfg)
+    model = attach(method, head)
+    with pytest.raises(interrupts.Terminated):
+        train(model, method, tiny_tokenizer, tmp_path / "b", zero=zero, cfg=cfg, stop=stop - 1)
+    names = [p.name for p in (tmp_path / "b/sft/t/checkpoints").iterdir()]
+    assert any(name.endswith(f"{stop}") for name in names), names
+    again = attach(method, head)
+    rest = train(again, method, tiny_tokenizer, tmp_path / "b", zero=zero, cfg=cfg)
+    assert_equal(trained(again), trained(unbroken))
+    found, expected = rest.losses(), whole.losses()
+    assert min(found) == stop + 1
+    assert found == {k: expected[k] for k in found}
+    if method is MANY:
+        patterns = [m.peft_config["default"].rank_pattern for m in (again, unbroken)]
+        assert patterns[0] == patterns[1]
+        assert patterns[0]
 
 
 # AdaLoRA --------------------------------------------------------------------------------------
@@ -463,7 +464,7 @@ def test_the_penalty_is_part_of_the_training_loss_alone(tiny_tokenizer, tmp_path
         for micro in (8, 2):
             method = AdaLoraConfig(rank=2, end=0.7, every=2, orthogonality=coefficient)
             model = attach(method, head)
-            cfg = config(micro_batch_size=micro, max_steps=10, eval_every=1)
+            cfg = config(micro_batch_size=micro, max_steps=4)
             place = tmp_path / f"{coefficient}{micro}"
             tracker = train(model, method, tiny_tokenizer, place, cfg=cfg)
             held_out = next(n["eval/loss"] for _, n in tracker if "eval/loss" in n)

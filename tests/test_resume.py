@@ -21,10 +21,11 @@ from rlhf.registry import Registry
 from rlhf.session import Session
 from rlhf.tracking import Tracker
 
+DATA = {stage: given[0] for stage, given in SMALL.items()}  # few rows are held out
 ROWS = ["train.max_steps=7", "train.epochs=3", "data.max_rows=48", "train.eval_every=5"]
 SIZES = {  # three batches are an epoch; checkpoints only at a new best, at a stop, and at the end
-    "sft": [*ROWS, "train.save_every=100", "evaluation.prompts=4"],
-    "rm": [*ROWS, "train.save_every=100"],
+    "sft": [DATA["sft"], *ROWS, "train.save_every=100", "evaluation.prompts=4"],
+    "rm": [DATA["rm"], *ROWS, "train.save_every=100", "card.probe_pairs=8"],
     "ppo": [
         *SMALL["ppo"],
         "ppo.steps=4",
