@@ -163,7 +163,7 @@ CASES = [
         "quantization-library",
         "sft",
         ["method=qlora"],
-        ["bitsandbytes' work, which is not installed", "'bitsandbytes>=0.50'"],
+        ["bitsandbytes' work, which is not installed", "'bitsandbytes>=0.50,<1'"],
         lacking="bitsandbytes",
     ),
     Case("ppo-dropout", "ppo", ["method.dropout=0.1"], ["method.dropout=0.1 in PPO"]),
