@@ -72,8 +72,8 @@ test: setup ## tests, about ten minutes, no network and no GPU
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20 -m "not slow and not gpu and not browser and not readme"
 
 # What touches an outside library, a file of tests for each of its homes, and the three stages.
-QUICK := $(addprefix tests/test_,$(addsuffix .py,compatibility engine models supervised text \
-	rollout lora_family tokens soft own bottleneck unipelt conf wandb_run dashboard console cli \
+QUICK := $(addprefix tests/test_,$(addsuffix .py,libraries compatibility engine models supervised text \
+	rollout lora_family tokens soft own bottleneck unipelt launch tracking dashboard console cli \
 	report versus stages))
 
 test-quick: setup ## tests of what touches other libraries; prints a row for docs/compatibility.md
