@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,8 @@ from packaging.requirements import Requirement
 from rlhf import libraries
 from rlhf.config import PROJECT
 
-LOCK = (PROJECT / "requirements.lock").read_text()
+LOCK_NAME = "requirements.lock"
+LOCK = (PROJECT / LOCK_NAME).read_text()
 PINS = [line for line in LOCK.splitlines() if re.match(r"[a-z]", line)]
 
 
@@ -123,11 +125,16 @@ def test_without_pyproject_the_installed_package_says_what_it_needs(monkeypatch)
 
 
 def test_the_lock_travels_in_the_wheel(tmp_path):
-    """Built in the environment of `make setup`, without a network."""
+    """Built in the environment of `make setup`, without a network, from a copy."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", LOCK_NAME):
+        shutil.copy(PROJECT / name, source)
+    shutil.copytree(PROJECT / "rlhf", source / "rlhf")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
-            *("--quiet", "--wheel-dir", str(tmp_path), str(PROJECT)),
+            *("--quiet", "--wheel-dir", str(tmp_path), str(source)),
         ],
         capture_output=True,
         text=True,
