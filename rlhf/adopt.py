@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf import contract, parts
 from rlhf.config import CONF, EngineConfig, TemplateConfig
-from rlhf.errors import ConfigError, RegistryError
+from rlhf.errors import ConfigError, RegistryError, StoppedByGuard
 from rlhf.manifest import PICKLES, BaseModel, Parent, TokenizerFacts, sha256
 from rlhf.registry import Absent, Published, Reference, Registry, check_run_name, parse_reference
 from rlhf.run import Plan, Run, flat, open_run
@@ -122,6 +122,11 @@ def adopt(
     with open_run(registry, stage, run_name, config, parents) as run:
         try:
             _write(run, source, parents.get("policy"), engine_cfg, started)
+        except StoppedByGuard as error:
+            _remove(run)
+            raise ConfigError(
+                f"{folder}: the model in it is not sound, and nothing of it was kept: {error}"
+            ) from error
         except (OSError, SafetensorError) as error:
             _remove(run)
             raise RegistryError(
@@ -418,7 +423,7 @@ class Source:
 
 
 def _read(folder: Path, stage: str, template: TemplateConfig, parent: Published | None) -> Source:
-    from rlhf import engine, text
+    from rlhf import engine, models, text
 
     engine.start(0)  # as a stage does: saving asks DeepSpeed whether it holds the weights
     tokenizer = _tokenizer(folder, template)
@@ -426,7 +431,13 @@ def _read(folder: Path, stage: str, template: TemplateConfig, parent: Published 
     if parent is not None:
         _check_same_text(folder, facts, parent)
     probes = _probes(text.Renderer(tokenizer), template, answered=stage == "rm")
-    return Source(folder, stage, tokenizer, facts, probes, _load(folder, stage, tokenizer, None))
+    model = _load(folder, stage, tokenizer, None)
+    if bad := models.not_finite(folder):
+        raise ConfigError(
+            f"{folder}: {len(bad)} of its tensors hold nan or infinities ({', '.join(bad[:3])}): "
+            "it is damaged, or its training diverged. Adopt an earlier checkpoint of it."
+        )
+    return Source(folder, stage, tokenizer, facts, probes, model)
 
 
 def _write(
@@ -567,16 +578,17 @@ def _check_own_scores(
 
     from rlhf import golden, models
 
-    worst = 0.0
+    worst = torch.zeros(())
     with torch.no_grad():
         for sequence in sequences:
             ids = torch.tensor([sequence], device=model.device)
             ours = models.scores(model, ids, torch.ones_like(ids, dtype=torch.bool))
             theirs = model(input_ids=ids).logits.float().flatten()
-            worst = max(worst, float((ours - theirs).abs().max()))
-    if not worst <= golden.TOLERANCE[dtype]:
+            worst = torch.maximum(worst, (ours - theirs).abs().max().cpu())  # which keeps a nan
+    off = float(worst)
+    if not off <= golden.TOLERANCE[dtype]:
         raise ConfigError(
-            f"{folder}: {type(model).__name__} gives scores that differ by {worst:.3g} from its "
+            f"{folder}: {type(model).__name__} gives scores that differ by {off:.3g} from its "
             f"{HEAD} on the last token, which is how rewards are read here. Its scores would mean "
             "something else; convert it, or use a model that scores that way."
         )

@@ -415,8 +415,7 @@ class Engine:
 
         None too after an overflow of fp16: that update was skipped, and the next scale is half.
         """
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None or overflowed(self._engine) else float(norm)
+        return last_grad_norm(self._engine)
 
     @property
     def learning_rate(self) -> float:
@@ -482,6 +481,18 @@ def note_grad_norm(ds_engine: Any) -> None:
         ds_engine._global_grad_norm = norm
 
     ds_engine.clip_fp32_gradients = clip
+
+
+def last_grad_norm(ds_engine: Any) -> float | None:
+    """Global norm of a DeepSpeed engine's last gradients; nan or inf where it is no number.
+
+    DeepSpeed says -1 for nan, and in fp32 it skips such an update without a word. None before the
+    first update, and after an overflow of fp16.
+    """
+    norm = ds_engine.get_global_grad_norm()
+    if norm is None or overflowed(ds_engine):
+        return None
+    return float(norm) if float(norm) >= 0 else math.nan
 
 
 def overflowed(ds_engine: Any) -> bool:

@@ -6,6 +6,7 @@ the same noise keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from rlhf import engine, models, overoptimisation
 from rlhf.config import SamplingConfig, StageConfig
 from rlhf.data import Gold
+from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.intervals import mean_of, share, win_rate, wins
 from rlhf.losses import logprobs_of
 from rlhf.rewards import Rewards, last_turn
@@ -268,6 +270,30 @@ class HeldOut:
             out.second = score_all(self.second, sequences, self.renderer.pad_id, size)
         return out
 
+    def expect_numbers(self, before: Answers) -> None:
+        """What the SFT model's answers measure can be compared with.
+
+        Raises:
+            ConfigError: the measure is no number on some of them, and no step could be the best.
+            StoppedByGuard: the score that would be learnt from is none.
+        """
+        count = len(before.texts)
+        if lost := _no_numbers(before.scores):
+            raise StoppedByGuard(
+                f"before the first update {lost} of {count} held-out answers of the SFT model get "
+                "a score that is no finite number: the reward model overflows or is damaged. PPO "
+                "would learn nothing. Look at its card (rlhf show), or use engine.dtype=fp32."
+            )
+        if before.measure is not None and (lost := _no_numbers(before.measure)):
+            setting = f"evaluation.second_rm={self.cfg.evaluation.second_rm}"
+            if before.gold is not None:
+                setting = f"data.gold={self.cfg.data.gold}"
+            raise ConfigError(
+                f"{setting}: it gives no finite number for {lost} of {count} held-out answers of "
+                "the SFT model, so their mean is none and no step of PPO could be the best. Mend "
+                "it, or leave it out."
+            )
+
     def follow(self, course: overoptimisation.Course, now: Answers, *, step: int) -> list[str]:
         """Add the answers of a step (0: the SFT model's) to a run's course; new warnings as lines.
 
@@ -275,7 +301,13 @@ class HeldOut:
         """
         if not now.texts or (step == 0 and course.points):
             return []
-        return [f"warning: {w.name}: {w.text}" for w in course.see(now.at(step))]
+        lines = [f"warning: {w.name}: {w.text}" for w in course.see(now.at(step))]
+        if now.measure is not None and (lost := _no_numbers(now.measure)):
+            lines.append(
+                f"warning: no number: {course.measure} is no finite number on {lost} of "
+                f"{len(now.texts)} held-out answers at step {step}, which cannot be the best step"
+            )
+        return lines
 
     def compare(self, before: Answers, after: Answers) -> dict[str, float]:
         """Scores, KL, and gold with the share of prompts on which the later answer wins."""
@@ -335,6 +367,11 @@ class HeldOut:
             sample | {"ppo_kl": after.kl[i], "ppo_length": len(after.answer_ids[i])}
             for i, sample in enumerate(few)
         ]
+
+
+def _no_numbers(values: Sequence[float]) -> int:
+    """How many are not finite."""
+    return sum(not math.isfinite(value) for value in values)
 
 
 # ---------------------------------------------------------------- closing tables

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf import models, parts
-from rlhf.errors import RegistryError
+from rlhf.errors import RegistryError, StoppedByGuard
 from rlhf.ranks import is_main
 from rlhf.registry import Published
 from rlhf.roles import Roles
@@ -40,6 +40,9 @@ def write_logits(
 
     Returns:
         Facts for the manifest.
+
+    Raises:
+        StoppedByGuard: one of them is not finite.
     """
     rows = sequences[:ROWS]
     values = {
@@ -174,6 +177,13 @@ def _write(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     ids, mask = pad_left(sequences, pad_id, torch.device("cpu"))
+    if not all(bool(value.isfinite().all()) for value in values.values()):
+        raise StoppedByGuard(
+            f"{folder}: the model that would be published says nan or infinities of the first "
+            f"{len(sequences)} held-out rows, which nobody who loads it could compare. Nothing is "
+            "published. Training diverged, or it overflows in engine.dtype: lower the learning "
+            "rate, or use engine.dtype=fp32."
+        )
     if is_main():
         tensors = {name: value.contiguous() for name, value in values.items()}
         save_file(tensors | {"ids": ids, "mask": mask.to(torch.uint8)}, folder / parts.GOLDEN)

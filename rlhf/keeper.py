@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -84,6 +85,8 @@ class Keeper:
         self.folder = self._folder(self.step)
         stored = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         self.state, self.best = stored["state"], stored["best"]
+        if self.best is not None and not math.isfinite(self.best["value"]):
+            self.best = None  # of a version that let it be the best; nothing would beat it
         self._console.note(f"[{self._stage}] goes on from its checkpoint at step {self.step}")
         if stored["world_size"] != ranks.world_size():
             self._convert(stored["world_size"])
@@ -181,12 +184,14 @@ class Keeper:
         """Compare a held-out value (higher is better) of this step with the best so far.
 
         Args:
-            value: None where this step may not be the best one.
+            value: None where this step may not be the best one. Nor may it where that is nan or
+                an infinity: no later value could beat it.
 
         Returns:
             True where it is the new best, which a checkpoint will hold.
         """
-        if value is not None and (self.best is None or value > self.best["value"]):
+        counts = value is not None and math.isfinite(value)
+        if counts and (self.best is None or value > self.best["value"]):
             self.best = {"step": self.step, "value": value}
             self._improved = True
         return self._improved

@@ -20,7 +20,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -33,7 +33,7 @@ from transformers import (
 
 from rlhf import engine, libraries, parts
 from rlhf.config import EngineConfig, ModelConfig
-from rlhf.errors import ConfigError, RegistryError
+from rlhf.errors import ConfigError, RegistryError, StoppedByGuard
 from rlhf.manifest import BaseModel
 from rlhf.masking import at_least_fp32
 from rlhf.methods import families
@@ -494,10 +494,34 @@ def publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     """Write whole weights, special ids and tokenizer to `folder`, adapters to `folder/adapter`.
 
     Every process calls it; rank 0 writes.
+
+    Raises:
+        StoppedByGuard: a tensor that was written holds a number that is not finite.
     """
     with engine.gathered(whole(model)):
         if is_main():
             _publish(whole(model), tokenizer, folder)
+    if bad := engine.from_main(not_finite, folder):
+        raise StoppedByGuard(
+            f"{folder}: {len(bad)} of the tensors that were written hold nan or infinities "
+            f"({', '.join(bad[:3])}): no model can be made of them, and nothing is published. "
+            "Training diverged, or they overflow in engine.dtype: lower the learning rate, or use "
+            "engine.dtype=fp32."
+        )
+
+
+def not_finite(folder: Path) -> list[str]:
+    """Names of the tensors in a model's files, adapter included, with a nan or an infinity."""
+    bad = []
+    for part in (".", parts.BASE, "adapter"):
+        for path in sorted((folder / part).glob("*.safetensors")):
+            if path.name == parts.GOLDEN:
+                continue
+            with safe_open(path, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if not bool(tensors.get_tensor(name).isfinite().all()):
+                        bad.append(name)
+    return bad
 
 
 def _publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

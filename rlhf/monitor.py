@@ -29,6 +29,8 @@ from rlhf.text import Renderer
 Stats = dict[str, float]
 FOLDER = "stopped"  # in the run
 KEPT = 20  # steps that are remembered
+# The beginnings of numbers that no reward takes part in.
+OF_MODELS = ("objective/kl", "objective/entropy", "eval/kl", "policy/", "val/", "loss/")
 
 # ---------------------------------------------------------------- rules
 
@@ -119,6 +121,18 @@ def _broken_scores(e: Evidence) -> str | None:
     return (
         f"{len(bad)} of {len(e.scores)} scores are no finite numbers (the first in row {bad[0]} "
         "of the batch): the reward model or function overflows on that text."
+    )
+
+
+def _numbers_are_lost(e: Evidence) -> str | None:
+    lost = [n for n, x in e.last.items() if n.startswith(OF_MODELS) and not math.isfinite(x)]
+    if not lost or _broken_scores(e) is not None:
+        return None
+    return (
+        f"the models' own numbers are lost ({', '.join(lost[:3])}): their weights diverged. Divide "
+        f"ppo.learning_rate={e.cfg.ppo.learning_rate:g} (and ppo.critic_learning_rate="
+        f"{e.cfg.ppo.critic_learning_rate:g}) by 10, or use engine.dtype=fp32 where "
+        f"engine.dtype={e.cfg.engine.dtype} overflows."
     )
 
 
@@ -214,6 +228,7 @@ def _reward_is_foreign(e: Evidence) -> str | None:
 
 CAUSES = (
     _broken_scores,
+    _numbers_are_lost,
     _steps_too_large,
     _critic_diverged,
     _ends_are_cheap,
@@ -285,8 +300,23 @@ class Monitor:
                 times = f", for {self._strikes[name]} steps" if self.cfg.stop.patience > 1 else ""
                 raise StoppedByGuard(f"{name}: {broken}{times}.")
 
+    def held_out(self, stats: Stats, *, step: int) -> None:
+        """Look at the numbers of an evaluation.
+
+        What only watches (gold, a second reward model) stops nothing: it chooses no step then.
+
+        Raises:
+            StoppedByGuard: the score that is learnt from, or KL, is not finite.
+        """
+        own = {name: value for name, value in stats.items() if name in ("eval/score", "eval/kl")}
+        self._now = self._now | own
+        self._refuse(own, step)
+
     def _look(self, stats: Stats, step: int) -> None:
         self._now = {"step": step, **stats}
+        self._refuse(stats, step)
+
+    def _refuse(self, stats: Stats, step: int) -> None:
         for name, value in stats.items():
             if not math.isfinite(value):
                 raise StoppedByGuard(f"{name} is {value} in step {step}.")

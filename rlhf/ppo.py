@@ -176,10 +176,26 @@ def worth(held_out: dict[str, float], cfg: PPOConfig) -> float | None:
 
     Gold where there is one, else the second reward model's score, else the score that is optimised.
     """
-    if cfg.kl_budget is not None and held_out.get("eval/kl", 0.0) > cfg.kl_budget:
-        return None
+    if cfg.kl_budget is not None and not held_out.get("eval/kl", 0.0) <= cfg.kl_budget:
+        return None  # a KL that is no number is within no budget
     value = next((held_out[name] for name in WORTH if name in held_out), math.nan)
     return value if math.isfinite(value) else None
+
+
+def expect_publishable(metrics: dict[str, float], *, step: int) -> None:
+    """The held-out means of the policy that would be published are numbers.
+
+    Raises:
+        StoppedByGuard: one is not, so no evaluation was finite that could have been the best.
+    """
+    chosen_by = [name for name in WORTH if name in metrics][:1]
+    for name in [*chosen_by, "eval/score", "eval/kl"]:
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise StoppedByGuard(
+                f"{name} is {metrics[name]} for the policy of step {step}, and no evaluation gave "
+                "a number that could be the best: nothing is published. Look at what measures it "
+                "(data.gold, evaluation.second_rm, the reward model), and at samples_log.jsonl."
+            )
 
 
 # ---------------------------------------------------------------- judge
@@ -521,7 +537,8 @@ def update(
         if not math.isfinite(mean):
             raise StoppedByGuard(
                 f"{name} became {mean} in this update. The policy diverged: lower "
-                "ppo.learning_rate or ppo.critic_learning_rate, or raise ppo.kl_coef."
+                f"ppo.learning_rate={cfg.ppo.learning_rate:g} or ppo.critic_learning_rate="
+                f"{cfg.ppo.critic_learning_rate:g}, or raise ppo.kl_coef={cfg.ppo.kl_coef:g}."
             )
     return stats | rates | {name: sum(found) / len(found) for name, found in norms.items()}
 

@@ -24,6 +24,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf import engine, libraries, models, ranks
 from rlhf.config import EngineConfig, TrainConfig
+from rlhf.errors import StoppedByGuard
 from rlhf.keeper import Keeper
 from rlhf.methods import courses, lora_drop
 from rlhf.methods.settings import LoraDropConfig, MethodConfig
@@ -179,8 +180,10 @@ def _train(
     Raises:
         ConfigError: the method cannot be trained so.
         KeyboardInterrupt, Terminated: asked to stop, after a checkpoint.
-        StoppedByGuard: gradients overflow in fp16 whatever the scale of the loss.
+        StoppedByGuard: a loss, a gradient norm or a held-out number is not finite, or gradients
+            overflow in fp16 whatever the scale of the loss; and no evaluation before that was.
     """
+    _forget_what_is_no_best(keeper)
     rows = cfg.batch_size // ranks.world_size()
     micro = ranks.rows_per_pass(rows, cfg.micro_batch_size)
     accumulation = rows // micro
@@ -220,7 +223,7 @@ def _train(
         trainer.keeper, trainer.engine_cfg, trainer.course = keeper, engine_cfg, course
         trainer.rows_per_epoch = len(train_rows) // cfg.batch_size * cfg.batch_size
         trainer.remove_callback(_printer())
-        report = _Report(keeper, tracker, best_by, trainer, patience=cfg.patience)
+        report = _Report(keeper, tracker, best_by, trainer, cfg, engine_cfg)
         trainer.add_callback(report)
         kept = (len(trainer.train_dataset), len(trainer.eval_dataset))
         assert kept == (len(train_rows), len(eval_rows)), f"TRL kept {kept} rows"
@@ -240,6 +243,11 @@ def _train(
         note(
             f"stopped at step {keeper.step} of {steps}: {cfg.patience} evaluations in a row found "
             "nothing better (train.patience)"
+        )
+    if keeper.best is None:
+        raise StoppedByGuard(
+            f"no evaluation of this run gave a finite {best_by}, so there is no best model to "
+            f"publish. {_way_out(cfg, engine_cfg)}"
         )
     if best := keeper.best_folder():
         models.load_trained(model, best / "model")
@@ -273,9 +281,52 @@ def _arguments(
         "save_strategy": "no",
         "neftune_noise_alpha": cfg.neftune_alpha,
         "logging_steps": max(1, cfg.eval_every // 4),
+        "logging_nan_inf_filter": False,  # it puts the mean of others in the place of a nan
         "disable_tqdm": True,
         "report_to": [],
     }
+
+
+def _forget_what_is_no_best(keeper: Keeper) -> None:
+    """Of a checkpoint: a best evaluation with a number that is none, as older versions kept it.
+
+    A reward model whose scores are all nan has an accuracy of 0, which is a number.
+    """
+    if not all(map(math.isfinite, keeper.state.get("best", {}).values())):
+        keeper.best = None
+    if keeper.best is None:
+        keeper.state.pop("best", None)
+
+
+def _refuse_no_number(
+    numbers: dict[str, float], step: int, cfg: TrainConfig, engine_cfg: EngineConfig
+) -> None:
+    """Every process gives the same numbers.
+
+    Raises:
+        StoppedByGuard: one of them is not finite.
+    """
+    bad = {name: value for name, value in numbers.items() if not math.isfinite(value)}
+    if not bad:
+        return
+    what = ", ".join(f"{name} is {value}" for name, value in bad.items())
+    if step == 0:
+        raise StoppedByGuard(
+            f"{what} before the first update: the model that training starts from gives no number "
+            f"on the held-out rows. Its weights are damaged, or it overflows in engine.dtype="
+            f"{engine_cfg.dtype}: start from another model, or use engine.dtype=fp32."
+        )
+    raise StoppedByGuard(f"{what} in step {step}: training diverged. {_way_out(cfg, engine_cfg)}")
+
+
+def _way_out(cfg: TrainConfig, engine_cfg: EngineConfig) -> str:
+    half = engine.dtype(engine_cfg) == torch.float16
+    overflow = f", or engine.dtype={engine_cfg.dtype} overflows: use bf16 or fp32" if half else ""
+    return (
+        f"Most likely train.learning_rate={cfg.learning_rate:g} is too high for this model: divide "
+        f"it by 10, or warm it up for longer (train.warmup={cfg.warmup:g}){overflow}. Start again "
+        "with overwrite=true, or beside it with run_name=..."
+    )
 
 
 def _share(
@@ -521,12 +572,12 @@ class _Report(TrainerCallback):
         tracker: Tracker | None,
         best_by: str,
         trainer: Any,
-        *,
-        patience: int | None,
+        cfg: TrainConfig,
+        engine_cfg: EngineConfig,
     ) -> None:
         self.keeper, self.tracker, self.trainer = keeper, tracker, trainer
         self.best_by, self.sign = best_by, -1.0 if best_by == "eval/loss" else 1.0
-        self.patience = patience
+        self.cfg, self.engine_cfg, self.patience = cfg, engine_cfg, cfg.patience
 
     @property
     def patience_is_spent(self) -> bool:
@@ -542,6 +593,7 @@ class _Report(TrainerCallback):
         self.trainer.course.begin(optimizer, self.keeper.step, self.keeper.folder)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._refuse(self._of_this_step(), state.global_step)  # no checkpoint may hold it
         self.trainer.course.end_step(state.global_step)
         if self.keeper.end_step(state.global_step):
             control.should_save = True
@@ -554,13 +606,25 @@ class _Report(TrainerCallback):
         if engine.overflowed(self.trainer.deepspeed):
             numbers.pop("train/grad_norm", None)  # of an update that was skipped
         held_out = {name: value for name, value in numbers.items() if name.startswith("eval/")}
-        if held_out:
-            self._held_out(held_out, state.global_step, control)
-            numbers = held_out
         if "train_runtime" in (logs or {}):  # TRL's own closing line
             return
+        numbers = held_out or numbers
         if numbers and self.tracker is not None:
             self.tracker.log(numbers, step=state.global_step)
+        if held_out:
+            self._refuse(held_out, state.global_step)
+            self._held_out(held_out, state.global_step, control)
+
+    def _of_this_step(self) -> dict[str, float]:
+        """The loss since the last log line, a sum over all processes, and the gradient's norm."""
+        loss = engine.sum_over_ranks(self.trainer._tr_loss.detach())
+        numbers = {"train/loss": float(loss)}
+        if (norm := engine.last_grad_norm(self.trainer.deepspeed)) is not None:
+            numbers["train/grad_norm"] = norm
+        return numbers
+
+    def _refuse(self, numbers: dict[str, float], step: int) -> None:
+        _refuse_no_number(numbers, step, self.cfg, self.engine_cfg)
 
     def _held_out(self, numbers: dict[str, float], step: int, control: Any) -> None:
         found = self.keeper.state

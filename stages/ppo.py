@@ -79,6 +79,7 @@ def main(cfg: config.PPOStage) -> None:
         course = overoptimisation.Course.of(held_out.measure, keeper.state.get("course"))
         with session.tracker(keeper) as tracker:
             before = held_out.answers(roles.reference, roles)
+            held_out.expect_numbers(before)
             held_out.follow(course, before, step=0)
             standard = ppo.standard_scores(before.scores, cfg.ppo)
             watching = watch.explaining(roles.policy)
@@ -111,6 +112,7 @@ def main(cfg: config.PPOStage) -> None:
                     if keeper.at(step, cfg.ppo.eval_every):
                         answers = held_out.answers(roles.policy, roles)
                         now = held_out.compare(before, answers)
+                        watch.held_out(now, step=step)
                         keeper.consider(ppo.worth(now, cfg.ppo))
                         stats |= now
                         for warning in held_out.follow(course, answers, step=step):
@@ -125,6 +127,7 @@ def main(cfg: config.PPOStage) -> None:
                 models.load_trained(roles.policy, best / "model")
             after = held_out.answers(roles.policy, roles)
             metrics = keeper.state["stats"] | held_out.compare(before, after)
+            ppo.expect_publishable(metrics, step=keeper.step)
             session.log_final(tracker, metrics, step=keeper.step)
 
         samples = held_out.samples(before, after)
