@@ -36,10 +36,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from rlhf import models, ppo, roles, rollout
+from rlhf import loading, models, ppo, roles, rollout
 from rlhf.config import PROJECT
 from rlhf.session import Session
 
@@ -117,7 +117,7 @@ def main() -> None:
 
 def write_base(folder: Path, hidden: int, intermediate: int, layers: int, heads: int) -> None:
     """Random weights, always the same, with the built-in tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer = loading.tokenizer(TINY / "base", named=str(TINY / "base"))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -541,12 +541,12 @@ def _load(
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from rlhf import loading
+
     auto: Any = AutoModelForCausalLM if stage == "sft" else AutoModelForSequenceClassification
     try:
-        model, report = auto.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        model, report = loading.model(auto, folder, named=str(folder), dtype=dtype or "auto")
+    except RuntimeError as error:
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{folder}: no model could be loaded: {first}") from error
     for what, names in (

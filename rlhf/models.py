@@ -20,7 +20,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf import engine, libraries, parts
+from rlhf import engine, libraries, loading, parts
 from rlhf.config import EngineConfig, ModelConfig
 from rlhf.errors import ConfigError, RegistryError, StoppedByGuard
 from rlhf.manifest import BaseModel
@@ -249,11 +249,7 @@ def load_scalar(
 
 def _load(auto: Any, path: str | Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
     """A model of transformers, and the names of the weights that the folder lacks."""
-    try:
-        model, report = auto.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={path}: no model could be loaded: {first}") from error
+    model, report = loading.model(auto, path, named=f"model.path={path}", **options)
     for module in model.modules():  # of bitsandbytes: it packs weights in the first evaluation on
         if hasattr(module, "support_avx512bf16_for_cpu"):  # such a CPU, and then trains no more
             module.support_avx512bf16_for_cpu = False

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from rlhf import loading
 from rlhf.config import DataConfig, TemplateConfig
 from rlhf.data import Message, Split, accept_bad
 from rlhf.errors import ConfigError, DataError, RegistryError
@@ -43,11 +44,7 @@ def load_tokenizer(
     Raises:
         ConfigError: no tokenizer there, no EOS, no usable pad token, or no chat template.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={path}: no tokenizer could be loaded: {first}") from error
+    tokenizer = loading.tokenizer(path, named=f"model.path={path}", revision=revision)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model.path={path}: its tokenizer has no end-of-sequence token, so an answer could "
@@ -256,7 +253,7 @@ def load_parent_tokenizer(
         ConfigError: `template` is given here and is another one.
         RegistryError: tokenizer or template are not those that the run recorded.
     """
-    tokenizer = AutoTokenizer.from_pretrained(parent.tokenizer_dir)
+    tokenizer = loading.tokenizer(parent.tokenizer_dir, named=parent.reference)
     recorded = dataclasses.asdict(parent.manifest.tokenizer)
     now = tokenizer_facts(tokenizer)
     off = [name.removesuffix("_hash") for name in recorded if recorded[name] != now[name]]
@@ -286,7 +283,7 @@ def renderers(
 
 def published_facts(model_dir: Path) -> dict[str, Any]:
     """`tokenizer_facts` of what was written, as every child will load it."""
-    return tokenizer_facts(AutoTokenizer.from_pretrained(model_dir))
+    return tokenizer_facts(loading.tokenizer(model_dir, named=str(model_dir)))
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
