@@ -43,7 +43,8 @@ _LOW_RANK = "lora rslora dora pissa qlora adalora lora_plus lora_fa vera lora_dr
 
 HOMES = (
     Home("engine", ("deepspeed", "torch"), "all stages: updates and checkpoints"),
-    Home("models", ("transformers", "peft", "safetensors"), "all stages: models and adapters"),
+    Home("models", ("transformers", "peft"), "all stages: models and adapters"),
+    Home("loading", ("transformers", "safetensors"), "all stages: models from a folder or the hub"),
     Home("text", ("transformers", "jinja2"), "all stages: chat templates", checks=False),
     Home(
         "supervised",

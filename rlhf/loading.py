@@ -14,13 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from rlhf import libraries
 from rlhf.errors import ConfigError
 from rlhf.manifest import PICKLES
 
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # None would ask
 KERNELS = ("attn_implementation", "_attn_implementation")
+
+
+def changed() -> Iterator[str]:
+    """What this file relies on in transformers, and is not there: lines."""
+    yield from libraries.lacking(PreTrainedConfig, "get_config_dict")
+    options = ("output_loading_info", "use_safetensors", "trust_remote_code")
+    yield from libraries.unmentioned(PreTrainedModel, *options)
 
 
 def tokenizer(

@@ -53,7 +53,7 @@ def changed() -> Iterator[str]:
     passed = ("input_ids", "attention_mask", "position_ids", "use_cache")
     yield from libraries.refusing(LlamaForCausalLM.forward, *passed, "logits_to_keep")
     yield from libraries.unmentioned(LlamaForSequenceClassification, parts.HEAD.rstrip("."))
-    yield from libraries.unmentioned(PreTrainedModel, "output_loading_info", "base_model_prefix")
+    yield from libraries.unmentioned(PreTrainedModel, "base_model_prefix")
     yield from libraries.lacking(
         PreTrainedModel, "can_generate", "|".join(_RECOMPUTING), "set_attn_implementation"
     )

@@ -71,6 +71,10 @@ STUBS = {  # file -> what is changed, and what is said of it
         without("deepspeed.runtime.engine:DeepSpeedEngine", "clip_fp32_gradients"),
         "deepspeed {}: DeepSpeedEngine has no clip_fp32_gradients",
     ),
+    "loading": (
+        without("transformers:PreTrainedConfig", "get_config_dict"),
+        "transformers {}: PreTrainedConfig has no get_config_dict",
+    ),
     "models": (
         renamed("transformers:LlamaForCausalLM.forward", "logits_to_keep", "num_logits_to_keep"),
         "transformers {}: LlamaForCausalLM.forward takes no logits_to_keep",
