@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import compatibility, guards, libraries, wandb_run
+from rlhf import compatibility, guards, libraries, threads, wandb_run
 from rlhf.methods.table import METHODS, Method
 
 WANDB_URL = "https://api.wandb.ai"
@@ -138,9 +138,8 @@ def _cores() -> str:
 
 
 def _threads() -> str:
-    threads = os.environ.get("OMP_NUM_THREADS")
     waiting = os.environ.get("OMP_WAIT_POLICY")
-    each = f"OMP_NUM_THREADS={threads}" if threads else "OMP_NUM_THREADS not set: one per core"
+    each = threads.given() or threads.in_words()
     return f"{each}; OMP_WAIT_POLICY={waiting or 'PASSIVE, as stages set it'}"
 
 

@@ -229,10 +229,11 @@ def dtype(cfg: EngineConfig) -> torch.dtype:
     return torch.float32
 
 
-def where(cfg: EngineConfig) -> dict[str, str]:
-    """{"dtype", "device"}, for the manifest."""
+def where(cfg: EngineConfig) -> dict[str, Any]:
+    """{"dtype", "device", "threads"}, for the manifest."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"dtype": str(dtype(cfg)).removeprefix("torch."), "device": name}
+    kind = str(dtype(cfg)).removeprefix("torch.")
+    return {"dtype": kind, "device": name, "threads": torch.get_num_threads()}
 
 
 def deepspeed_config(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rlhf import judges, outcomes
+from rlhf import judges, outcomes, threads
 from rlhf.eval_plan import Plan, Player
 from rlhf.outcomes import Result
 from rlhf.registry import Published
@@ -48,9 +48,11 @@ def play(plan: Plan, console: Console) -> list[Result]:
 
 def _sample(plan: Plan, player: Player, console: Console) -> list[Rollout]:
     """One answer to each prompt, in batches; the noise depends on seed and prompt alone."""
-    from rlhf import engine, rollout
+    from rlhf import engine, models, rollout
 
     with _loaded(player.run, player) as model:
+        if player is plan.players[0]:
+            console.note(f"[eval] {threads.settle(models.largest(model))}")
         out, size = [], plan.sampling.batch_size
         prompts = [player.renderer.prompt(row["prompt"]) for row in plan.rows]
         with console.progress(f"{player.name} answers", len(prompts), "prompts") as pace:
@@ -79,6 +81,7 @@ def _loaded(run: Published, player: Player) -> Iterator[torch.nn.Module]:
 
     dtype = engine.dtype(judges.engine_of(run))
     model = models.load_parent(models.load_causal, run, player.renderer.tokenizer, dtype)
+    threads.settle(models.largest(model))
     yield models.freeze(model).to(engine.device())
 
 

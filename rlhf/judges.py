@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import contract, rewards
+from rlhf import contract, rewards, threads
 from rlhf.config import EngineConfig
 from rlhf.data import Row, load_function
 from rlhf.endpoint import Endpoint, price
@@ -284,6 +284,7 @@ class RewardModelJudge(Judge):
         if self._model is None:
             dtype = engine.dtype(engine_of(self.run))
             loaded = models.load_parent(models.load_scalar, self.run, renderer.tokenizer, dtype)
+            threads.settle(models.largest(loaded))
             self._model = models.freeze(loaded).to(engine.device())
         new = {tuple(ids): ids for ids in sequences if tuple(ids) not in self._said}
         ordered = sorted(new.values(), key=len)

@@ -425,6 +425,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trained, sum(engine.size_of(p) for p in whole(model).parameters())
 
 
+def largest(*loaded: nn.Module) -> int:
+    """The parameters of the largest of these models."""
+    return max(count_parameters(model)[1] for model in loaded)
+
+
 # ---------------------------------------------------------------- forward passes
 
 

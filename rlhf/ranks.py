@@ -29,6 +29,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Processes that share this machine's cores; srun, which says nothing, gives each its own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
 def is_main() -> bool:
     """Rank 0 alone writes and prints."""
     return rank() == 0

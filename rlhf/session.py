@@ -276,7 +276,7 @@ class Session:
         splits: dict[str, Split],
         metrics: dict[str, float],
         golden: dict[str, Any],
-        where: dict[str, str],
+        where: dict[str, Any],
         summary: list[tuple[str, str]],
         warnings: Sequence[str] = (),
     ) -> None:
@@ -288,7 +288,7 @@ class Session:
             splits: the data as it was used.
             metrics: final numbers; names that W&B knows become its summary.
             golden: what a child recomputes after loading.
-            where: {"dtype", "device"}.
+            where: {"dtype", "device", "threads"}.
             summary: the rows of the closing table.
             warnings: what was noticed on the way, for those who look later.
         """

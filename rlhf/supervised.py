@@ -191,6 +191,7 @@ def _train(
     course = courses.of(method, model, cfg, steps)
     if isinstance(method, LoraDropConfig):
         _share(model, tokenizer, train_rows, method, cfg, engine_cfg, seed, micro, keeper)
+    computing = torch.get_num_threads()
     start = None if keeper.folder is None else trainer_folder(keeper.folder)
     converted = start is not None and engine.is_universal(start)
     with tempfile.TemporaryDirectory() as scratch:  # TRL wants a folder; it writes nothing
@@ -218,6 +219,7 @@ def _train(
             train_dataset=Dataset.from_list(train_rows),
             eval_dataset=Dataset.from_list(eval_rows),
         )
+        torch.set_num_threads(computing)  # on a CPU accelerate takes one for each core
         for parameter, dtype in dtypes:  # TRL makes bf16 of what is trained on a base in 4 bits
             parameter.data = parameter.data.to(dtype)
         trainer.keeper, trainer.engine_cfg, trainer.course = keeper, engine_cfg, course

@@ -6,7 +6,7 @@ python stages/ppo.py run=tiny run_name=kl01 ppo.kl_coef=0.1
 from functools import partial
 from typing import Any
 
-from rlhf import compatibility, config, contract, data, guards, rewards
+from rlhf import compatibility, config, contract, data, guards, rewards, threads
 from rlhf.launch import stage
 from rlhf.registry import Registry
 from rlhf.session import open_session
@@ -61,6 +61,8 @@ def main(cfg: config.PPOStage) -> None:
             roles, reward_models = load_all(sft, rms, renderer.tokenizer, cfg)
             reward = rewards.Rewards(cfg.reward, functions, reward_models)
             seconds = load_watcher(second, renderer.tokenizer, cfg.engine)
+            scoring = [*reward_models.values(), *seconds.values()]
+            session.note(threads.settle(models.largest(roles.policy, *scoring)))
             rows = splits["validation"].rows
             held_out = evaluate.HeldOut(rows, renderer, cfg, gold, reward, *seconds.values())
             each = cfg.sampling.per_prompt or 1

@@ -3,7 +3,7 @@
 python stages/rm.py run=tiny train.epochs=1
 """
 
-from rlhf import compatibility, config, contract, data, guards
+from rlhf import compatibility, config, contract, data, guards, threads
 from rlhf.launch import stage
 from rlhf.registry import Registry
 from rlhf.session import open_session
@@ -39,6 +39,7 @@ def main(cfg: config.RMStage) -> None:
             contract.check_positions(sft, longest + cfg.method.positions, data.LENGTHS)
             dtype = engine.dtype(cfg.engine)
             backbone = models.load_parent(models.load_scalar, sft, tokenizer, dtype)
+            session.note(threads.settle(models.largest(backbone)))
             session.note(golden.check_start(backbone, sft))
             backbone = models.quantized(backbone, tokenizer, cfg.method, dtype)
             steps = supervised.optimizer_steps(cfg.train, len(pairs["train"]))

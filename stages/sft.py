@@ -3,7 +3,7 @@
 python stages/sft.py run=tiny method=lora train.learning_rate=1e-3
 """
 
-from rlhf import compatibility, config, contract, data, guards
+from rlhf import compatibility, config, contract, data, guards, threads
 from rlhf.launch import stage
 from rlhf.session import open_session
 
@@ -36,6 +36,7 @@ def main(cfg: config.SFTStage) -> None:
             base = models.load_base(
                 cfg.model, tokenizer, dtype=dtype, method=cfg.method, added=added
             )
+            session.note(threads.settle(models.largest(base)))
             rendered = [row["input_ids"] for row in (*train_rows, *eval_rows)]
             longest = max(map(len, rendered))
             positions = getattr(base.config, "max_position_embeddings", None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf import cli, compatibility, doctor, guards, libraries
+from rlhf import cli, compatibility, doctor, guards, libraries, threads
 from rlhf.config import PROJECT
 from rlhf.guards import Device
 
@@ -22,7 +22,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(guards, "device", lambda: Device("CPU", gpus=0, bf16=False, fp16=False))
     monkeypatch.setenv("RLHF_RUNS", str(tmp_path / "deep" / "runs"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "OMP_NUM_THREADS"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", *threads.SETTINGS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -66,7 +66,7 @@ def test_a_sound_machine(rlhf_doctor, tmp_path):
     assert python in lines
     for text in (
         "CPU (no CUDA device is seen): fp32; bf16 works and is slow",
-        "OMP_NUM_THREADS not set: one per core",
+        f"one for each 10M parameters on a CPU, 1 to {threads.usable_cores()}; OMP_WAIT_POLICY=",
         f"{tmp_path / 'deep' / 'runs'}: ",
         "GB free, can be written",
         "no key at hand: offline",

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from small_line import SMALL, numbers, run_line, run_stage
 
+from rlhf import threads
+
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
@@ -21,9 +23,19 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory, module_patch) -> Path:
-    """A finished line of work."""
+    """A finished line of work, whose stages chose how many threads they compute with."""
+    import torch
+
     runs = tmp_path_factory.mktemp("runs")
-    codes = run_line(module_patch, runs)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in threads.SETTINGS:
+            patch.delenv(name, raising=False)
+        codes, before = {}, torch.get_num_threads()
+        for stage, sizes in SMALL.items():
+            torch.set_num_threads(2)
+            given = [f"runs_dir={runs}", "tracking=off", *sizes]
+            codes[stage] = run_stage(module_patch, stage, *given)
+    torch.set_num_threads(before)
     assert codes == {"sft": 0, "rm": 0, "ppo": 0}
     return runs
 
@@ -38,6 +50,23 @@ def test_every_run_is_published_and_sound(line):
     assert [parent.reference for parent in ppo.parents] == ["sft/tiny", "rm/tiny"]
     assert ppo.base == registry.resolve("sft/tiny").manifest.base
     assert ppo.metrics["eval/kl"] is not None
+
+
+@pytest.mark.parametrize("stage", SMALL)
+def test_a_small_model_computes_with_one_thread_and_the_log_says_so(line, stage):
+    from rlhf.registry import Registry
+
+    manifest = Registry(line).resolve(f"{stage}/tiny").manifest
+    assert manifest.environment.other["threads"] == 1
+    said = [
+        text
+        for text in (line / stage / "tiny/log.txt").read_text().splitlines()
+        if "threads: " in text
+    ]
+    assert len(said) == 1
+    parameters = "1.7M" if stage == "ppo" else "1.2M"  # with the adapters of all roles
+    cores = threads.usable_cores()
+    assert f" threads: 1 of {cores} cores ({parameters} parameters, cpu; " in said[0]
 
 
 def test_the_reward_model_has_a_report_card_and_ppo_says_so(line):
