@@ -149,32 +149,41 @@ def run(size: str, choice: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def run_stage(stage: str, choice: str, folder: str) -> dict[str, float]:
-    """A whole process of a stage: its imports, loading and publishing as well."""
-    given = [*STAGES[stage], f"runs_dir={folder}", "tracking=off", "overwrite=true"]
-    command = [sys.executable, str(ROOT / "stages" / f"{stage}.py"), *given]
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, env=environment(choice), capture_output=True, check=True)
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = [getattr(after, name) - getattr(before, name) for name in ("ru_utime", "ru_stime")]
-    names = ("ru_nvcsw", "ru_nivcsw")
-    count = sum(getattr(after, name) - getattr(before, name) for name in names)
-    return {"wall": wall, "cpu": sum(spent), "switches": count}
+def measure_stage(script: str, *given: str) -> dict[str, float]:
+    """CPU s, wall s and context switches of a whole stage, imports and publishing included."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, script, *given], capture_output=True, check=True)
+    wall, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu, count = usage.ru_utime + usage.ru_stime, usage.ru_nvcsw + usage.ru_nivcsw
+    return {"wall": wall, "cpu": cpu, "switches": count}
 
 
 def compare_stages(choices: list[str], pairs: int) -> None:
-    """One row for each run; the stages' parents are the last ones of the stage before."""
+    """One row for each run; those of a stage are side by side, so that they meet the same load."""
     print("| stage | pair | threads | wall s | CPU s | switches | wall ratio | CPU ratio |")
     print("|---|---|---|---|---|---|---|---|")
+    runs = [(str(pair + 1), choice) for pair in range(pairs) for choice in choices]
+    first = f"{choices[0]}-1"
+    parents = {"sft": [], "rm": [f"policy_from=sft/{first}"]}
+    parents["ppo"] = [*parents["rm"], f"rm_from=rm/{first}"]
     with tempfile.TemporaryDirectory() as folder:
         for stage in STAGES:
-            for pair in range(pairs):
-                order = choices if pair % 2 == 0 else choices[::-1]
-                made = {choice: run_stage(stage, choice, folder) for choice in order}
-                for choice in choices:
-                    cells = numbers(made[choice], made[choices[0]], digits=1)
-                    row = " | ".join((stage, str(pair + 1), choice, *cells))
-                    print(f"| {row} |", flush=True)
+            script = str(ROOT / "stages" / f"{stage}.py")
+            given = [*STAGES[stage], *parents[stage], f"runs_dir={folder}", "tracking=off"]
+            command = [sys.executable, __file__, "--measure-stage", script, *given]
+            started = {
+                (pair, choice): subprocess.Popen(
+                    [*command, f"run_name={choice}-{pair}"],
+                    env=environment(choice),
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for pair, choice in runs
+            }
+            made = {run: json.loads(process.communicate()[0]) for run, process in started.items()}
+            for pair, choice in runs:
+                cells = numbers(made[pair, choice], made[pair, choices[0]], digits=1)
+                print(f"| {' | '.join((stage, pair, choice, *cells))} |", flush=True)
 
 
 def numbers(one: dict[str, float], first: dict[str, float], *, digits: int) -> list[str]:
@@ -232,5 +241,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(sys.argv[2])))
+    elif sys.argv[1:2] == ["--measure-stage"]:
+        print(json.dumps(measure_stage(*sys.argv[2:])))
     else:
         main()

@@ -103,10 +103,9 @@ def _limits(line: str, mounted: Path) -> Iterator[float]:
                 )
             else:
                 spent, period = (group / "cpu.max").read_text().split()
-        except OSError:  # there is none, as in the topmost group
-            pass
-        else:
             if spent.strip() not in ("max", "-1"):
                 yield float(spent) / float(period)
+        except (OSError, ValueError):  # there is none, as in the topmost group
+            pass
         if group == top:
             return
