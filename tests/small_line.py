@@ -31,7 +31,8 @@ SMALL = {
     "sft": [
         f"data.path={few_rows(DATA, 'sft', (192, 16))}",
         "train.max_steps=3",
-        "evaluation.prompts=8",
+        "evaluation.prompts=2",  # eight answers to each
+        "sampling.max_new_tokens=12",
     ],
     "rm": [
         f"data.path={few_rows(DATA, 'rm', (96, 16, 40))}",

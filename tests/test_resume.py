@@ -24,7 +24,7 @@ from rlhf.tracking import Tracker
 DATA = {stage: given[0] for stage, given in SMALL.items()}  # few rows are held out
 ROWS = ["train.max_steps=7", "train.epochs=3", "data.max_rows=48", "train.eval_every=5"]
 SIZES = {  # three batches are an epoch; checkpoints only at a new best, at a stop, and at the end
-    "sft": [DATA["sft"], *ROWS, "train.save_every=100", "evaluation.prompts=4"],
+    "sft": [DATA["sft"], *ROWS, "train.save_every=100", "evaluation.prompts=0"],
     "rm": [DATA["rm"], *ROWS, "train.save_every=100", "card.probe_pairs=8"],
     "ppo": [
         *SMALL["ppo"],
@@ -207,7 +207,9 @@ def loss_of(published: Any) -> float:
     from rlhf.config import DataConfig
     from rlhf.losses import logprobs_of
 
-    cfg = DataConfig("data/tiny/sft", max_prompt_tokens=64, max_response_tokens=80)
+    cfg = DataConfig(
+        DATA["sft"].removeprefix("data.path="), max_prompt_tokens=64, max_response_tokens=80
+    )
     tokenizer = text.load_parent_tokenizer(published, template=TemplateConfig("inherit"))
     rows = text.Renderer(tokenizer).sft(data.load("sft", cfg)["validation"], cfg)
     model = models.load_parent(models.load_causal, published, tokenizer, torch.float32).eval()
@@ -322,7 +324,7 @@ def test_ptx_mixes_in_the_rows_of_sft(unbroken, monkeypatch, capfd):
     lines = numbers(unbroken, "ppo", "ptx")
     assert all(line["loss/ptx"] > 0 for line in lines)
     facts = {part.split: part for part in Registry(unbroken).resolve("ppo/ptx").manifest.data}
-    assert facts["ptx"].source.endswith("data/tiny/sft/train.jsonl")
+    assert facts["ptx"].source == DATA["sft"].removeprefix("data.path=") + "/train.jsonl"
     assert facts["ptx"].rows > 100
 
 

@@ -40,6 +40,14 @@ def line(tmp_path_factory, module_patch) -> Path:
     return runs
 
 
+@pytest.fixture(scope="module")
+def full_line(tmp_path_factory, module_patch) -> Path:
+    """Another, of full fine-tuning."""
+    runs = tmp_path_factory.mktemp("full")
+    assert run_line(module_patch, runs, "method=full") == {"sft": 0, "rm": 0, "ppo": 0}
+    return runs
+
+
 def test_every_run_is_published_and_sound(line):
     from rlhf.registry import Registry
 
@@ -156,25 +164,18 @@ ZERO3 = ["engine=zero3", "engine.partition_threshold=0", "engine.allow_zero3_ada
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_zero3_publishes_what_zero2_does(tmp_path, monkeypatch, method):
+def test_zero3_publishes_what_zero2_does(line, full_line, tmp_path, monkeypatch, method):
     """Every weight is split, so what is saved without being gathered would be empty."""
     from safetensors.torch import load_file
 
-    lines = {"zero2": [], "zero3": ZERO3}
-    for name, more in lines.items():
-        given = [f"method={method}", "ppo.learning_rate=1e-4", *more]
-        for stage, sizes in SMALL.items():
-            own = [g for g in given if stage == "ppo" or not g.startswith("ppo.")]
-            fixed = [f"runs_dir={tmp_path / name}", "tracking=off", *sizes, *own]
-            assert run_stage(monkeypatch, stage, *fixed) == 0
+    codes = run_line(monkeypatch, tmp_path, f"method={method}", *ZERO3)
+    assert codes == {"sft": 0, "rm": 0, "ppo": 0}
+    lines = [line if method == "lora" else full_line, tmp_path]
     for stage in SMALL:
-        found = [numbers(tmp_path / name, stage) for name in lines]
-        for two, three in zip(*found, strict=True):
+        for two, three in zip(*(numbers(runs, stage) for runs in lines), strict=True):
             two.pop("proof/ratio", None)  # rounding alone
             assert {k: three[k] for k in two} == pytest.approx(two, rel=1e-2, abs=1e-4), stage
-        weights = [
-            load_file(tmp_path / name / stage / "tiny/model/model.safetensors") for name in lines
-        ]
+        weights = [load_file(runs / stage / "tiny/model/model.safetensors") for runs in lines]
         for name, tensor in weights[0].items():  # Adam makes whole steps of rounding here and there
             assert float((weights[1][name] - tensor).abs().mean()) < 1e-5, f"{stage}: {name}"
 
@@ -267,9 +268,9 @@ def test_samples_hold_both_answers_with_score_and_gold(line):
             assert 0 <= row[f"{who}_gold"] <= 1
 
 
-def test_full_fine_tuning_runs_the_whole_line(tmp_path, monkeypatch):
-    assert run_line(monkeypatch, tmp_path, "method=full") == {"sft": 0, "rm": 0, "ppo": 0}
-    assert not (tmp_path / "ppo/tiny/model/adapter").exists()
+def test_full_fine_tuning_publishes_no_adapter(line, full_line):
+    assert (line / "ppo/tiny/model/adapter").exists()
+    assert not (full_line / "ppo/tiny/model/adapter").exists()
 
 
 PLAIN = """
