@@ -158,7 +158,7 @@ def publish_many(runs_dir: str, publisher: int, count: int) -> None:
         last[stage] = registry.resolve(run.reference)
 
 
-@pytest.mark.parametrize(("publishers", "count"), [(8, 25)])
+@pytest.mark.parametrize(("publishers", "count"), [(4, 20)])
 def test_many_processes_publish_at_once_and_every_run_is_whole(
     registry: Registry, rlhf_command, publishers: int, count: int
 ):
@@ -312,7 +312,7 @@ def test_a_process_killed_in_the_middle_of_writing_a_manifest(registry: Registry
     assert check_what_is_left(registry) == ("resume" if nth else "new")
 
 
-@pytest.mark.parametrize("times", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_is_finished_or_goes_on(tmp_path: Path, times: int):
     durations = []
     for n in range(5):

@@ -252,7 +252,7 @@ def test_a_sharper_policy_is_further_away_under_top_k_and_top_p(make_roles, samp
     means = []
     for factor in (1.0, 1.5, 2.0, 4.0):
         roles.policy.lm_head.weight.copy_(roles.reference.lm_head.weight * factor)
-        batch = judge(drawn(roles.policy, cfg, prompts=PROMPTS * 32), roles, cfg)
+        batch = judge(drawn(roles.policy, cfg, prompts=PROMPTS * 8), roles, cfg)
         exact = torch.zeros(len(batch))
         for row in range(len(batch)):
             ids, n = batch.ids[row][batch.mask[row]][None], int(batch.response_mask[row].sum())
