@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import TINY
 from safetensors.torch import load_file, save_file
 from small_line import run_stage
 from transformers import (
@@ -123,7 +124,7 @@ def test_golden_values_are_those_of_plain_transformers(registry, sft, tiny_model
             with torch.no_grad():
                 logits = model(input_ids=row[mask.bool()][None]).logits
             now = logits[0, 0] if run is rm else logits[0, -1]
-            torch.testing.assert_close(now, value, rtol=0, atol=1e-5)
+            torch.testing.assert_close(now, value, rtol=0, atol=TINY)
         assert stored["values"].std() > 0.01
         ends = stored["ids"][:, -1] == run.manifest.tokenizer.eos_id
         assert ends.all() if run is rm else not ends.any()  # scores are of whole answers
@@ -134,8 +135,8 @@ def test_golden_values_hold_in_a_fresh_load_and_find_another_model(registry, sft
     tokenizer = text.load_parent_tokenizer(sft, template=TemplateConfig("inherit"))
     policy = models.load_causal(sft.model_dir, tokenizer, dtype=torch.float32).eval()
     reward_model = models.load_scalar(rm.model_dir, tokenizer, dtype=torch.float32).eval()
-    assert golden.check_logits(policy, sft) <= 1e-5
-    assert golden.check_scores(reward_model, rm) <= 1e-5
+    assert golden.check_logits(policy, sft) <= TINY
+    assert golden.check_scores(reward_model, rm) <= TINY
     with torch.no_grad():
         reward_model.score.weight += 0.1
     with pytest.raises(RegistryError, match="rm/a: loaded from"):
@@ -206,7 +207,7 @@ def test_a_half_precision_folder_stays_so_and_children_in_fp32_find_its_values(
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert run.manifest.golden["tolerance"] == golden.TOLERANCE[torch.float32]
     model = models.load_causal(run.model_dir, tiny_tokenizer, dtype=torch.float32).eval()
-    assert golden.check_logits(model, run) <= 1e-5
+    assert golden.check_logits(model, run) <= TINY
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import pytest
 import slow_llama
 import torch
+from rounding import TINY
 from test_models import ROWS, padded, perturb
 from torch.testing import assert_close
 from transformers import (
@@ -88,7 +89,7 @@ def test_the_slow_llama_is_llama(tiny_model):
     model = tiny_model()
     with torch.no_grad():
         fast = model(torch.tensor([ROW])).logits[0]
-    assert_close(slow_llama.logits(model, ROW).float(), fast, rtol=0, atol=1e-5)
+    assert_close(slow_llama.logits(model, ROW).float(), fast, rtol=0, atol=TINY)
 
 
 @pytest.mark.parametrize("name", ["houlsby", "pfeiffer"])
@@ -106,7 +107,7 @@ def test_what_it_computes(tiny_model, name, activation):
     plain = slow_llama.logits(tiny_model(), ROW)
     assert float((expected - plain).abs().max()) > 0.1
     fast = model.double()(torch.tensor([ROW])).logits[0]
-    assert_close(fast, expected, rtol=0, atol=1e-5)  # rotary angles stay in fp32
+    assert_close(fast, expected, rtol=0, atol=TINY)  # rotary angles stay in fp32
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -158,7 +159,7 @@ def test_gpt2_computes_it_too():
         weights = {n: p for n, p in layer.named_parameters() if "bottleneck_" in n}
         weights = {f"layers.0.at.{name}": p for name, p in weights.items()}
         expected = by_hand(weights, "at")(0, before.double())
-        assert_close(after.double(), expected, rtol=0, atol=1e-5)
+        assert_close(after.double(), expected, rtol=0, atol=TINY)
         assert float((after - before).abs().max()) > 0.01
 
 
@@ -174,7 +175,7 @@ def test_two_active_adapters_come_one_after_the_other(tiny_model):
     for name in ("default", "second"):
         down, up = layer.bottleneck_down[name], layer.bottleneck_up[name]
         y = y + up(ACTIVATIONS["gelu"](down(y)))
-    assert_close(layer(x), y, rtol=0, atol=1e-6)
+    assert_close(layer(x), y, rtol=0, atol=TINY)
 
 
 def test_a_model_in_which_no_projection_is_found_is_refused():
@@ -216,4 +217,4 @@ def test_a_gpt2_with_a_head(tmp_path, tiny_tokenizer):
         scores = models.scores(model, ids, mask)
         for row, tokens in enumerate(ROWS):
             hidden = causal.transformer(torch.tensor([tokens])).last_hidden_state[0, -1]
-            assert_close(scores[row], hidden @ scalar.score.weight[0], rtol=0, atol=1e-5)
+            assert_close(scores[row], hidden @ scalar.score.weight[0], rtol=0, atol=TINY)

@@ -16,6 +16,7 @@ from covering import pairwise
 from launching import start_ranks
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from rounding import TINY
 from torch.testing import assert_close
 
 from rlhf import engine, interrupts, ranks, supervised
@@ -201,7 +202,7 @@ def test_lora_plus_is_adam_with_two_rates(tiny_tokenizer, tmp_path, zero):
             optimizer.zero_grad()
         loss = slow(**batch_of(demonstrations())).loss
         loss.backward()
-        assert tracker.losses()[step + 1] == pytest.approx(float(loss.detach()), abs=1e-5)
+        assert tracker.losses()[step + 1] == pytest.approx(float(loss.detach()), abs=TINY)
         torch.nn.utils.clip_grad_norm_(low + high, 0.5)
         for optimizer in made:
             optimizer.step()
@@ -326,7 +327,7 @@ def test_phases_are_merging_and_starting_anew(tiny_tokenizer, tmp_path, zero, na
             expected.append(slow.update(loss, 1e-2 * factor(slow.step), 0.7))
     found = tracker.losses()
     assert list(found) == list(range(1, 11))
-    assert max(abs(found[k + 1] - value) for k, value in enumerate(expected)) < 1e-5
+    assert max(abs(found[k + 1] - value) for k, value in enumerate(expected)) < TINY
     assert expected[0] - expected[-1] > 0.05
     slow.begin(2, 2)  # merges the last pair
     with torch.no_grad():
@@ -448,7 +449,7 @@ def test_adalora_is_the_loop_of_peft(tiny_tokenizer, tmp_path):
         loss = slow(**inputs).loss  # peft adds the penalty where there are labels
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 0.5)
-        assert tracker.losses()[step + 1] == pytest.approx(float(loss.detach()), abs=1e-5)
+        assert tracker.losses()[step + 1] == pytest.approx(float(loss.detach()), abs=TINY)
         optimizer.step()
         slow.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
@@ -506,7 +507,7 @@ def test_a_saved_pruned_model_is_the_one_in_memory(tiny_tokenizer, tmp_path):
             train(model, ADALORA, tiny_tokenizer, tmp_path / name)
         folder = tmp_path / f"{name}-adapter"
         again = peft.PeftModel.from_pretrained(tiny(), folder)
-        assert_close(again(input_ids=ids).logits, seen[0], atol=2e-5, rtol=0)
+        assert_close(again(input_ids=ids).logits, seen[0], atol=TINY, rtol=0)
         merged = again.merge_and_unload()
         assert_close(merged(input_ids=ids).logits, seen[0], atol=1e-4, rtol=0)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rounding import TINY
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -29,7 +30,7 @@ from rlhf.roles import load_roles
 from rlhf.text import tokenizer_facts
 
 PAD, EOS = 0, 2
-CLOSE = {"rtol": 0, "atol": 1e-5}  # logits here are of size 5
+CLOSE = {"rtol": 0, "atol": TINY}
 PROMPTS = [[1, 9], [1, 20, 21, 22, 23, 24], [1, 7, 8, 30]]
 RESPONSES = [[11, 12, 13, 14, EOS], [15, EOS], [16, 17, 18, 19]]
 ROWS = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
@@ -480,10 +481,10 @@ def reader(published, tiny_model, tiny_tokenizer):
 @pytest.mark.parametrize("name", ["lora", "full", "tied", "scalar-lora", "scalar-full"])
 def test_a_fresh_process_gets_the_model_that_was_in_memory(reader, name):
     seen = reader.seen
-    assert seen[name] <= 1e-5
+    assert seen[name] <= TINY
     assert (name + " by peft" in seen) == ("full" not in name)
     if "full" not in name:
-        assert seen[name + " by peft"] <= 1e-5
+        assert seen[name + " by peft"] <= TINY
 
 
 def test_the_head_survives(reader, tiny_tokenizer):

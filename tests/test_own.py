@@ -11,7 +11,9 @@ import sys
 import peft
 import pytest
 import torch
+from covering import pairwise
 from peft.tuners.tuners_utils import BaseTunerLayer
+from rounding import TINY
 from safetensors.torch import save_file
 from test_models import CLOSE, EOS, PAD, PADDINGS, PROMPTS, RESPONSES, ROWS, padded, perturb
 from test_supervised import (
@@ -85,13 +87,13 @@ def trained_names(model):
 # forward passes ----------------------------------------------------------------------------------
 
 
-@every_method
-@every_attention
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("method", "attn", "padding"), pairwise(METHODS, ["eager", "sdpa"], range(len(PADDINGS)))
+)
 @torch.no_grad()
 def test_logits_are_those_of_each_row_alone(causal, method, attn, padding):
     model = attach(causal(attn), method)
-    ids, mask, R = padded(**padding)
+    ids, mask, R = padded(**PADDINGS[padding].values[0])
     logits = models.response_logits(model, ids, mask, R)
     for row, (p, r) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         plain = model(torch.tensor([p + r])).logits[0]
@@ -448,14 +450,16 @@ torch.set_num_threads(1)
 import peft
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-import {module} as method
+from rlhf.methods import bottleneck, unipelt
 
 work, ids = Path(sys.argv[1]), torch.tensor([{row}])
 expected = load_file(work / "expected.safetensors")
 seen = {{}}
-for name in ("causal", "scalar"):
-    kind = AutoModelForCausalLM if name == "causal" else AutoModelForSequenceClassification
-    more = {{}} if name == "causal" else {{"num_labels": 1}}
+for name in expected:
+    method = bottleneck if name.startswith("houlsby") else unipelt
+    head = name.endswith("scalar")
+    kind = AutoModelForSequenceClassification if head else AutoModelForCausalLM
+    more = {{"num_labels": 1}} if head else {{}}
     for way in ("peft", "ours"):
         torch.manual_seed(77)  # another head than the saved one
         base = kind.from_pretrained(work / "base", **more)
@@ -463,7 +467,7 @@ for name in ("causal", "scalar"):
         if way == "peft":
             model = peft.PeftModel.from_pretrained(base, work / name)
         else:
-            model = method.load(base, work / name, head=name == "scalar", trained=False)
+            model = method.load(base, work / name, head=head, trained=False)
         with torch.no_grad():
             off = (model(ids).logits - expected[name]).abs().max()
         seen[name + " by " + way] = float(off)
@@ -471,18 +475,17 @@ print(json.dumps(seen))
 """
 
 
-@pytest.mark.parametrize("method", ["houlsby", "unipelt"])
-def test_a_fresh_process_gets_the_adapter_that_was_in_memory(
-    tmp_path, causal, scalar, method, folder
-):
+def test_a_fresh_process_gets_the_adapters_that_were_in_memory(tmp_path, causal, scalar, folder):
     expected = {}
-    for name, make in (("causal", causal), ("scalar", scalar)):
-        model = attach(make(), method, head=name == "scalar")
-        model.save_pretrained(tmp_path / name, selected_adapters=["default"])
-        with torch.no_grad():
-            expected[name] = model(torch.tensor([ROWS[0]])).logits.contiguous()
+    for method in ("houlsby", "unipelt"):
+        for kind, make in (("causal", causal), ("scalar", scalar)):
+            name = f"{method} {kind}"
+            model = attach(make(), method, head=kind == "scalar")
+            model.save_pretrained(tmp_path / name, selected_adapters=["default"])
+            with torch.no_grad():
+                expected[name] = model(torch.tensor([ROWS[0]])).logits.contiguous()
     save_file(expected, tmp_path / "expected.safetensors")
-    script = READ.format(module=METHODS[method][0].__name__, row=ROWS[0])
+    script = READ.format(row=ROWS[0])
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
         capture_output=True,
@@ -492,7 +495,8 @@ def test_a_fresh_process_gets_the_adapter_that_was_in_memory(
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen == {f"{name} by {way}": 0.0 for name in expected for way in ("peft", "ours")}
+    assert set(seen) == {f"{name} by {way}" for name in expected for way in ("peft", "ours")}
+    assert max(seen.values()) <= TINY  # without the adapter it is 0.05 and more
 
 
 @pytest.fixture

@@ -227,9 +227,9 @@ PLANTED = (
             '            kwargs["position_ids"] = columns[:, -positions.shape[1] :] + self.tokens\n'
         ),
         caught_by=(
-            "test_soft.py::test_padding_changes_nothing[positions-left-eager-llama-prompt_tuning]",
-            "test_soft.py::test_response_logits_are_those_of_the_unpadded_row[llama-p_tuning_lstm]",
-            "test_soft.py::test_scores_are_those_of_the_unpadded_row[left-llama-prompt_tuning]",
+            "test_soft.py::test_padding_changes_nothing[prompt_tuning-gpt2-eager-True-True]",
+            "test_soft.py::test_response_logits_are_those_of_the_unpadded_row[p_tuning_lstm-qwen2]",
+            "test_soft.py::test_scores_are_those_of_the_unpadded_row[prompt_tuning-llama-True]",
         ),
     ),
     Planted(
@@ -238,9 +238,9 @@ PLANTED = (
         old='            kwargs["position_ids"] = positions\n',
         new='            kwargs.pop("position_ids", None)\n',
         caught_by=(
-            "test_soft.py::test_padding_changes_nothing[positions-left-eager-llama-prefix_tuning]",
-            "test_soft.py::test_response_logits_are_those_of_the_unpadded_row[llama-p_tuning_v2]",
-            "test_soft.py::test_scores_are_those_of_the_unpadded_row[left-llama-prefix_tuning]",
+            "test_soft.py::test_padding_changes_nothing[prefix_tuning-llama-eager-True-True]",
+            "test_soft.py::test_response_logits_are_those_of_the_unpadded_row[p_tuning_v2-qwen2]",
+            "test_soft.py::test_scores_are_those_of_the_unpadded_row[prefix_tuning-llama-True]",
         ),
     ),
     Planted(

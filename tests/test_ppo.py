@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from launching import start_ranks
+from rounding import TINY
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 PAD, EOS = 0, 2
 VOCABULARY = 24
-CLOSE = {"rtol": 0, "atol": 1e-5}
+CLOSE = {"rtol": 0, "atol": TINY}
 PROMPTS = [[1, 5, 6], [1, 7], [1, 8, 9, 10, 11], [1, 13], [1, 14, 15], [1, 5], [1, 9, 9], [1, 3]]
 FULL, LORA = FullConfig(), LoraConfig(rank=4)
 

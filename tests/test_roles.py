@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rounding import TINY
 from safetensors.torch import load_file
 from test_ppo import drawn, judge, noisy, stage
 from torch.testing import assert_close
@@ -21,7 +22,7 @@ from rlhf.roles import load_roles
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-CLOSE = {"rtol": 0, "atol": 2e-5}
+CLOSE = {"rtol": 0, "atol": TINY}
 LORA = LoraConfig(rank=4)
 
 

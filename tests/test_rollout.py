@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rounding import TINY
 from torch.testing import assert_close
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
@@ -44,7 +45,7 @@ def same(one: Rollout, other: Rollout, order=None) -> None:
     assert other.answer_ids() == [answers[i] for i in order]
     assert other.ended.tolist() == [bool(one.ended[i]) for i in order]
     for found, i in zip(logprobs_of(other), order, strict=True):
-        assert_close(found, logprobs[i], rtol=0, atol=1e-5)
+        assert_close(found, logprobs[i], rtol=0, atol=TINY)
 
 
 # an answer belongs to its row --------------------------------------------------------------------
@@ -217,7 +218,7 @@ def test_padding_moves_no_token(by_place):
         prompt, answer = PROMPTS[i], drawn.answer_ids()[i]
         logits = by_place(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])
-        assert_close(logprobs_of(drawn)[i], expected.squeeze(1), rtol=0, atol=1e-5)
+        assert_close(logprobs_of(drawn)[i], expected.squeeze(1), rtol=0, atol=TINY)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
@@ -228,7 +229,7 @@ def test_logprobs_are_those_of_a_teacher_forced_pass(policy, temperature):
         logits = policy(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         expected = torch.log_softmax(logits / temperature, -1)
         expected = expected.gather(1, torch.tensor(answer)[:, None]).squeeze(1)
-        assert_close(found, expected, rtol=0, atol=1e-5)
+        assert_close(found, expected, rtol=0, atol=TINY)
 
 
 # the end -----------------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ def test_only_what_is_kept_is_drawn_and_as_often_as_it_should(policy, settings):
     found, freedom = chi_square(counts[order], inside[order].double())
     assert found < bound(freedom)
     expected = inside.log()[drawn.responses[:, 0]]
-    assert_close(drawn.logprobs[:, 0], expected.float(), rtol=0, atol=1e-5)
+    assert_close(drawn.logprobs[:, 0], expected.float(), rtol=0, atol=TINY)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +410,7 @@ def test_a_training_pass_gives_the_logprobs_that_were_sampled(policy, settings):
         tokens = torch.tensor([answer])
         restricted = rollout.restrict(logits, tokens, floors).log_softmax(-1)
         now = restricted.gather(-1, tokens[..., None])[0, :, 0]
-        assert_close(now, drawn.logprobs[row, : len(answer)], rtol=0, atol=1e-5)
+        assert_close(now, drawn.logprobs[row, : len(answer)], rtol=0, atol=TINY)
         full = logits.log_softmax(-1).gather(-1, tokens[..., None])[0, :, 0]
         assert bool((now > full + 1e-3).any()), "nothing was ruled out"
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from covering import pairwise
+from rounding import TINY
 from tokenizers.processors import TemplateProcessing
 from torch.testing import assert_close
 from transformers import (
@@ -69,7 +70,7 @@ KINDS = {
 TAKEN = inspect.signature(LlamaModel.forward).parameters
 CACHE = "cache" if "cache" in TAKEN else "past_key_values"  # before transformers 5.24
 ROWS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24]]
-CLOSE = {"rtol": 0.0, "atol": 2e-5}  # of numbers up to 10; a pad that is seen moves them by 0.1
+CLOSE = {"rtol": 0.0, "atol": TINY}  # a pad that is seen moves them by 0.1
 
 # Keys and values before those of every layer, or embeddings before the first: each kind of model
 # once by either way, each method at least once. What makes the vectors knows no kind of model.
@@ -751,10 +752,10 @@ def test_sft_trains_on_the_loss_of_answers_after_the_prompt(
     found = train(
         supervised.train_sft, model, tiny_tokenizer, rows, tmp_path, zero_stage=zero_stage
     )
-    assert found["start/eval/loss"] == pytest.approx(start, abs=1e-5)
+    assert found["start/eval/loss"] == pytest.approx(start, abs=TINY)
     assert found["eval/loss"] < start - 0.01
     end = loss_by_hand(plain, model, method, rows)
-    assert found["eval/loss"] == pytest.approx(end, abs=1e-5), "of the weights at the end"
+    assert found["eval/loss"] == pytest.approx(end, abs=TINY), "of the weights at the end"
     named = dict(model.named_parameters())
     assert all(torch.equal(named[name], weight) for name, weight in frozen.items())
 
@@ -783,8 +784,8 @@ def test_a_reward_model_trains_on_scores_after_the_prompt(
     found = train(
         supervised.train_rm, model, tiny_tokenizer, rows, tmp_path / "runs", center_coef=0.0
     )
-    assert found["start/eval/margin"] == pytest.approx(start, abs=1e-5)
-    assert found["eval/margin"] == pytest.approx(lead(), abs=1e-5)
+    assert found["start/eval/margin"] == pytest.approx(start, abs=TINY)
+    assert found["eval/margin"] == pytest.approx(lead(), abs=TINY)
     assert found["eval/loss"] < found["start/eval/loss"] - 0.05
 
 

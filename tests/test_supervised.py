@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from rounding import TINY
 from torch.testing import assert_close
 
 from rlhf import interrupts, models, supervised
@@ -182,7 +183,7 @@ def test_sft_loss_is_that_of_answer_tokens(policy, tiny_tokenizer, method):
     by_row = sum(sum(row) / len(row) for row in losses) / len(losses)
     assert abs(by_token - by_row) > 0.02, "the two could not be told apart"
     metrics, _, tracker = train(train_sft, policy(method), tiny_tokenizer, rows, eval_every=1)
-    assert metrics["start/eval/loss"] == pytest.approx(by_token, abs=1e-5)
+    assert metrics["start/eval/loss"] == pytest.approx(by_token, abs=TINY)
     assert metrics["eval/loss"] < metrics["start/eval/loss"]
     first = next(numbers["train/loss"] for _, numbers in tracker if "train/loss" in numbers)
     assert first == pytest.approx(by_token, abs=1e-4)
@@ -196,20 +197,20 @@ def test_prompt_tokens_get_no_loss(policy, tiny_tokenizer):
     ((expected,),) = answer_losses(policy(), [row])
     rows = [row] * 8
     metrics, *_ = train(train_sft, policy(), tiny_tokenizer, rows)
-    assert metrics["start/eval/loss"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["start/eval/loss"] == pytest.approx(expected, abs=TINY)
 
 
 def test_held_out_loss_does_not_depend_on_the_micro_batch(policy, tiny_tokenizer):
     """It is compared between runs as nats per answer token."""
     rows = demonstrations()
-    held_out = rows[:7]  # a last batch of 7, 3 or 1
+    held_out = rows[:7]  # a last batch of 3 or 1
     losses = answer_losses(policy(), held_out)
     by_token = sum(map(sum, losses)) / sum(map(len, losses))
-    for micro in (8, 4, 2):
+    for micro in (4, 2):
         metrics, *_ = train(
             train_sft, policy(), tiny_tokenizer, rows, held_out, micro_batch_size=micro
         )
-        assert metrics["start/eval/loss"] == pytest.approx(by_token, abs=1e-5), micro
+        assert metrics["start/eval/loss"] == pytest.approx(by_token, abs=TINY), micro
 
 
 def weights(model):
@@ -269,7 +270,7 @@ def test_every_row_is_kept(policy, tiny_tokenizer):
     losses = answer_losses(policy(), rows)
     by_token = sum(map(sum, losses)) / sum(map(len, losses))
     metrics, *_ = train(train_sft, policy(), tiny_tokenizer, rows, batch_size=9, micro_batch_size=9)
-    assert metrics["start/eval/loss"] == pytest.approx(by_token, abs=1e-5)
+    assert metrics["start/eval/loss"] == pytest.approx(by_token, abs=TINY)
 
 
 def test_a_row_that_trl_drops_is_noticed(reward_model, tiny_tokenizer, monkeypatch):
@@ -303,9 +304,9 @@ def test_rm_loss_is_that_of_bradley_and_terry(reward_model, tiny_tokenizer, meth
         train_rm, reward_model(method), tiny_tokenizer, rows, center_coef=center_coef
     )
     assert metrics["start/eval/accuracy"] == pytest.approx(sum(x > 0 for x in found) / len(found))
-    assert metrics["start/eval/margin"] == pytest.approx(sum(found) / len(found), abs=1e-5)
+    assert metrics["start/eval/margin"] == pytest.approx(sum(found) / len(found), abs=TINY)
     if center_coef == 0:
-        assert metrics["start/eval/loss"] == pytest.approx(expected, abs=1e-5)
+        assert metrics["start/eval/loss"] == pytest.approx(expected, abs=TINY)
     else:
         assert metrics["start/eval/loss"] > expected + 1e-4
 
@@ -318,9 +319,9 @@ def test_held_out_pairs_count_alike_in_a_short_last_batch(reward_model, tiny_tok
     model = reward_model()
     metrics, *_ = train(train_rm, model, tiny_tokenizer, rows, held_out, micro_batch_size=micro)
     assert metrics["start/eval/accuracy"] == pytest.approx(sum(x > 0 for x in found) / 7)
-    assert metrics["start/eval/margin"] == pytest.approx(sum(found) / 7, abs=1e-5)
+    assert metrics["start/eval/margin"] == pytest.approx(sum(found) / 7, abs=TINY)
     expected = sum(math.log1p(math.exp(-lead)) for lead in found) / 7
-    assert metrics["start/eval/loss"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["start/eval/loss"] == pytest.approx(expected, abs=TINY)
     assert model.training
 
 
@@ -404,7 +405,7 @@ def by_hand(losses, patience):
     return 12, best
 
 
-@pytest.mark.parametrize("patience", [1, 2, 3])
+@pytest.mark.parametrize("patience", [1, 3])
 def test_training_ends_where_nothing_better_is_found(policy, tiny_tokenizer, patience):
     """As the numbers of a run without patience say; the best is what is left in the model."""
     rows, other = demonstrations(), demonstrations(seed=1)
@@ -423,7 +424,7 @@ def test_training_ends_where_nothing_better_is_found(policy, tiny_tokenizer, pat
     assert metrics["eval/loss"] == losses[best]
     found = answer_losses(model, other)
     mean = sum(map(sum, found)) / sum(map(len, found))
-    assert mean == pytest.approx(losses[best], abs=1e-5)
+    assert mean == pytest.approx(losses[best], abs=TINY)
     assert notes == [
         f"stopped at step {last} of 12: {patience} evaluations in a row found nothing better "
         "(train.patience)"
@@ -477,39 +478,40 @@ def test_patience_is_counted_across_a_stop(policy, tiny_tokenizer, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize("method", [FullConfig(), LoraConfig(rank=4)], ids=["full", "lora"])
-def test_noise_on_embeddings_in_training_alone(policy, tiny_tokenizer, method):
+@pytest.mark.parametrize(
+    ("method", "alpha"), [(FullConfig(), 5.0), (LoraConfig(rank=4), 15.0)], ids=["full", "lora"]
+)
+def test_noise_on_embeddings_in_training_alone(policy, tiny_tokenizer, method, alpha):
     """Uniform in +-alpha / sqrt(length * hidden), Jain et al. 2023; held-out numbers have none."""
     rows = demonstrations()
     found = {}
-    for alpha in (None, 5.0, 15.0):
+    for given in (None, alpha):
         model, seen = policy(method), []
         inner = models._inner(model)
 
-        def look(module, given, inner=inner, seen=seen):
-            seen.append((inner.training, given[0].detach().clone()))
+        def look(module, inputs, inner=inner, seen=seen):
+            seen.append((inner.training, inputs[0].detach().clone()))
 
         hook = inner.model.layers[0].register_forward_pre_hook(look)
         metrics, _, tracker = train(
-            train_sft, model, tiny_tokenizer, rows, rows[:1], neftune_alpha=alpha, eval_every=1
+            train_sft, model, tiny_tokenizer, rows, rows[:1], neftune_alpha=given, eval_every=1
         )
         hook.remove()
         first = next(numbers["train/loss"] for _, numbers in tracker if "train/loss" in numbers)
-        found[alpha] = first, metrics["start/eval/loss"], next(x for on, x in seen if on), seen
+        found[given] = first, metrics["start/eval/loss"], next(x for on, x in seen if on), seen
         assert not inner.get_input_embeddings()._forward_hooks
         ids = torch.tensor([rows[0]["input_ids"]])
         with torch.no_grad():
             assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
-    for alpha in (5.0, 15.0):
-        assert abs(found[alpha][0] - found[None][0]) > 1e-4
-        assert found[alpha][1] == found[None][1]
-        noise = found[alpha][2] - found[None][2]
-        bound = alpha / math.sqrt(noise.shape[1] * noise.shape[2])
-        assert 0.98 * bound < float(noise.abs().max()) <= bound * (1 + 1e-5)
-        assert float(noise.square().mean()) == pytest.approx(bound**2 / 3, rel=0.05)
-        held_out = [x for on, x in found[alpha][3] if not on]
-        plain = [x for on, x in found[None][3] if not on]
-        assert torch.equal(held_out[0], plain[0])
+    assert abs(found[alpha][0] - found[None][0]) > 1e-4
+    assert found[alpha][1] == found[None][1]
+    noise = found[alpha][2] - found[None][2]
+    bound = alpha / math.sqrt(noise.shape[1] * noise.shape[2])
+    assert 0.98 * bound < float(noise.abs().max()) <= bound * (1 + 1e-5)
+    assert float(noise.square().mean()) == pytest.approx(bound**2 / 3, rel=0.05)
+    held_out = [x for on, x in found[alpha][3] if not on]
+    plain = [x for on, x in found[None][3] if not on]
+    assert torch.equal(held_out[0], plain[0])
 
 
 def test_no_noise_is_left_where_training_breaks_off(policy, tiny_tokenizer, monkeypatch):

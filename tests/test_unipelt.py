@@ -7,6 +7,7 @@ import json
 import pytest
 import slow_llama
 import torch
+from rounding import TINY
 from test_bottleneck import ACTIVATIONS, build
 from test_models import CLOSE, EOS, PAD, PADDINGS, PROMPTS, RESPONSES, ROWS, padded, perturb
 from torch.testing import assert_close
@@ -105,7 +106,7 @@ def test_what_it_computes(tiny_model, attn):
         )
         assert float((expected - without).abs().max()) > 0.05, name
     fine = model.double()(torch.tensor([ROW])).logits[0]
-    assert_close(fine, expected, rtol=0, atol=1e-5)
+    assert_close(fine, expected, rtol=0, atol=TINY)
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -117,11 +118,11 @@ def test_the_prefix_lies_within_every_window(attn):
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
     windowed = slow_llama.logits(plain, ROW, window=3)
     assert float((windowed - slow_llama.logits(plain, ROW)).abs().max()) > 0.05
-    assert_close(plain(torch.tensor([ROW])).logits[0].double(), windowed, rtol=0, atol=1e-5)
+    assert_close(plain(torch.tensor([ROW])).logits[0].double(), windowed, rtol=0, atol=TINY)
     torch.manual_seed(0)
     model = attach(AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval())
     expected = slow_llama.logits(plain, ROW, window=3, **by_hand(model))
-    assert_close(model.double()(torch.tensor([ROW])).logits[0], expected, rtol=0, atol=1e-5)
+    assert_close(model.double()(torch.tensor([ROW])).logits[0], expected, rtol=0, atol=TINY)
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def test_at_first_the_prefix_alone_is_there(tiny_model):
     changes = by_hand(model)
     expected = slow_llama.logits(tiny_model(), ROW, prefix=changes["prefix"])
     fast = model.double()(torch.tensor([ROW])).logits[0]
-    assert_close(fast, expected, rtol=0, atol=1e-5)
+    assert_close(fast, expected, rtol=0, atol=TINY)
 
 
 # every family, padding and cache -----------------------------------------------------------------
