@@ -123,13 +123,14 @@ def switches() -> int:
 @contextmanager
 def busy(count: int) -> Iterator[None]:
     """`count` programs that each keep a core busy, for as long as the block runs."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # nor outlives it
+    loops = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(count)]
     try:
         yield
     finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
+        for started in loops:
+            started.kill()
+            started.wait()
 
 
 def environment(choice: str) -> dict[str, str]:
