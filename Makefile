@@ -35,6 +35,9 @@ setup: $(READY) ## make .venv and install what was tested (LATEST=1: the newest 
 # torch first and by its version alone: pip then takes the build that fits this machine, CUDA where
 # PyPI has it. All else to the byte, and nothing beside it.
 $(READY): pyproject.toml $(LOCK) rlhf/__init__.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v[:2] in ((3, 11), (3, 12), (3, 13)) or sys.exit( \
+		"refused: PYTHON=$(PYTHON) is Python %d.%d, and this project runs on 3.11, 3.12 and 3.13. " \
+		"Name another one: make setup PYTHON=python3.12" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.ready-*
 	$(PIP) '$(TORCH)'
@@ -68,7 +71,7 @@ check: setup ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup ## tests, about ten minutes, no network and no GPU
+test: setup ## tests, no network and no GPU
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20 -m "not slow and not gpu and not browser and not readme"
 
 # What touches an outside library, a file of tests for each of its homes, and the three stages.

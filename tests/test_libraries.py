@@ -144,3 +144,12 @@ def test_the_lock_travels_in_the_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         assert files.read("rlhf/requirements.lock").decode() == LOCK
+
+
+def test_make_setup_takes_the_pythons_that_were_tested():
+    makefile = (PROJECT / "Makefile").read_text()
+    (named,) = re.findall(r"v\[:2\] in \((.*?)\) or", makefile)
+    found = re.findall(r"\((\d), (\d+)\)", named)
+    assert tuple(f"{major}.{minor}" for major, minor in found) == libraries.tested_pythons()
+    for minor in libraries.tested_pythons():
+        assert libraries.within(f"{minor}.0", libraries.needed_python())
