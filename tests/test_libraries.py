@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import re
 import shutil
 import subprocess
@@ -111,22 +112,11 @@ def test_markers_choose_the_pin_of_this_python(monkeypatch):
     assert libraries.tested.__wrapped__() == {"torch": "2.13.0", "numpy": "2.5.5"}
 
 
-def test_without_pyproject_the_installed_package_says_what_it_needs(monkeypatch):
-    """As in a wheel: the bounds, those of extras apart, and the pythons."""
-    expected = (libraries.needed(), libraries.needed("qlora"), libraries.needed_python())
-    pythons = libraries.tested_pythons()
-    monkeypatch.setattr(libraries, "_project", lambda: None)
-    libraries.tested_pythons.cache_clear()
-    named = (libraries.needed(), libraries.needed("qlora"), libraries.needed_python())
-    assert [sorted(part) for part in named] == [sorted(part) for part in expected]
-    assert named[0] == expected[0]
-    assert libraries.tested_pythons() == pythons
-    libraries.tested_pythons.cache_clear()
-
-
-def test_the_lock_travels_in_the_wheel(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built in the environment of `make setup`, without a network, from a copy."""
-    source = tmp_path / "source"
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", LOCK_NAME):
         shutil.copy(PROJECT / name, source)
@@ -134,16 +124,35 @@ def test_the_lock_travels_in_the_wheel(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
-            *("--quiet", "--wheel-dir", str(tmp_path), str(source)),
+            *("--quiet", "--wheel-dir", str(folder), str(source)),
         ],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as files:
-        assert files.read("rlhf/requirements.lock").decode() == LOCK
+    (built,) = folder.glob("*.whl")
+    return zipfile.ZipFile(built)
+
+
+def test_the_lock_travels_in_the_wheel(wheel):
+    assert wheel.read("rlhf/requirements.lock").decode() == LOCK
+
+
+def test_a_wheel_says_what_it_needs_without_pyproject(wheel, monkeypatch):
+    """The bounds, those of extras apart, and the pythons."""
+    expected = (libraries.needed(), libraries.needed("qlora"), libraries.needed_python())
+    pythons = libraries.tested_pythons()
+    (named,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    said = email.message_from_bytes(wheel.read(named))
+    monkeypatch.setattr(libraries, "_project", lambda: None)
+    monkeypatch.setattr(libraries.importlib.metadata, "metadata", lambda name: said)
+    monkeypatch.setattr(
+        libraries.importlib.metadata, "requires", lambda name: said.get_all("Requires-Dist")
+    )
+    found = (libraries.needed(), libraries.needed("qlora"), libraries.needed_python())
+    assert found == expected
+    assert libraries.tested_pythons.__wrapped__() == pythons
 
 
 def test_make_setup_takes_the_pythons_that_were_tested():
