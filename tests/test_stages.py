@@ -106,6 +106,10 @@ def test_a_second_reward_model_is_compared_with_the_first(line, monkeypatch, cap
     given = [f"runs_dir={line}", "tracking=off", *SMALL["rm"], "card.probe_pairs=0"]
     assert run_stage(monkeypatch, "rm", *given, "run_name=twin") == 0
     assert "card.agree_with=[rm/tiny]" in " ".join(capfd.readouterr().err.split())
+    lines = [numbers(line, "rm", name) for name in ("twin", "tiny")]
+    assert sum("train/loss" in row or "eval/loss" in row for row in lines[0]) >= 2
+    for twin, first in zip(*lines, strict=True):  # which was probed, and says more
+        assert twin == {name: first[name] for name in twin}
     more = ["run_name=seeds", "seed=1", "card.agree_with=[rm/twin,rm/tiny]"]
     assert run_stage(monkeypatch, "rm", *given, *more) == 0
     found = card.read(line / "rm/seeds").agreement
@@ -124,10 +128,12 @@ def test_without_a_card_there_is_none_and_ppo_says_so(line, monkeypatch):
     assert "rm/bare: it has no report card" in (line / "ppo/bare/log.txt").read_text()
 
 
-def test_the_same_seed_gives_the_same_numbers(line, tmp_path, monkeypatch):
-    assert run_line(monkeypatch, tmp_path) == {"sft": 0, "rm": 0, "ppo": 0}
-    for stage in SMALL:
-        assert numbers(tmp_path, stage) == numbers(line, stage)
+def test_the_same_seed_gives_the_same_numbers(line, monkeypatch):
+    """Of the reward model: see the twins above."""
+    for stage in ("sft", "ppo"):
+        given = [f"runs_dir={line}", "tracking=off", *SMALL[stage], "run_name=again"]
+        assert run_stage(monkeypatch, stage, *given) == 0
+        assert numbers(line, stage, "again") == numbers(line, stage)
         assert len(numbers(line, stage)) >= 2
 
 
