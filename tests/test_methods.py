@@ -39,8 +39,8 @@ from rlhf.text import Renderer, load_tokenizer
 pytestmark = pytest.mark.usefixtures("process_group")
 
 BASE = PROJECT / "data/tiny/base"
-STEPS, ROWS = 24, 8  # optimizer steps of SFT (half of them for a reward model), rows of each
-HELD_OUT = 64
+STEPS, ROWS = 24, 8  # at most so many optimizer steps of SFT, rows of each
+HELD_OUT = 32
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class Row:
 
     Attributes:
         learning_rate: of SFT.
-        falls: the held-out SFT loss falls by this much at least, in nats, within STEPS.
+        falls: the held-out SFT loss falls by this much at least, in nats, within `steps`.
         merge: the largest difference of a logit between what was trained and what was published.
         rm_rate: of the reward model, whose head is new, as a share of SFT's learning rate.
         settings: of the method, small, so that a small model has room for it.
+        steps: optimizer steps of SFT, and twice as many as of the reward model.
     """
 
     learning_rate: float
@@ -61,34 +62,35 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     zero_stage: int = 2
     rm_rate: float = 0.3
+    steps: int = STEPS // 2
 
 
 RANK = {"rank": 4}
 TOKENS = {"tokens": 8}
 TABLE = {
-    "full": Row(1e-3, 0.02),
-    "freeze": Row(1e-3, 0.003, settings={"layers": 2}),
+    "full": Row(1e-3, 0.02, steps=STEPS),
+    "freeze": Row(1e-3, 0.003, settings={"layers": 2}, steps=STEPS),
     "lora": Row(5e-3, 0.02, settings=RANK),
     "rslora": Row(2e-3, 0.02, settings=RANK),
     "dora": Row(5e-3, 0.02, settings=RANK),
-    "pissa": Row(2e-3, 0.02, settings=RANK),
-    "qlora": Row(5e-3, 0.02, settings=RANK | {"quantization": "nf4"}),
-    "adalora": Row(2e-2, 0.003, settings=RANK | {"every": 2}, zero_stage=0),
-    "lora_plus": Row(5e-4, 0.02, settings=RANK),
-    "lora_fa": Row(5e-3, 0.02, settings=RANK),
-    "vera": Row(5e-2, 0.005, settings={"rank": 32}),
+    "pissa": Row(2e-3, 0.02, settings=RANK, steps=STEPS),
+    "qlora": Row(5e-3, 0.02, settings=RANK | {"quantization": "nf4"}, steps=STEPS),
+    "adalora": Row(2e-2, 0.003, settings=RANK | {"every": 2}, zero_stage=0, steps=STEPS),
+    "lora_plus": Row(5e-4, 0.02, settings=RANK, steps=STEPS),
+    "lora_fa": Row(5e-3, 0.02, settings=RANK, steps=STEPS),
+    "vera": Row(5e-2, 0.005, settings={"rank": 32}, steps=STEPS),
     "lora_drop": Row(5e-3, 0.02, settings=RANK | {"sample_steps": 4, "threshold": 0.7}),
     "plora": Row(5e-3, 0.005, settings={"rank": 2, "phases": 2}),
     "relora": Row(5e-3, 0.02, settings={"rank": 2, "phases": 2}),
     "prefix_tuning": Row(1e-2, 0.003, settings=TOKENS | {"hidden": 32}),
     "prompt_tuning": Row(5e-2, 0.003, settings=TOKENS, rm_rate=0.03),
     "p_tuning": Row(5e-3, 0.005, settings=TOKENS),
-    "p_tuning_v2": Row(1e-1, 0.003, settings=TOKENS),
-    "houlsby": Row(5e-3, 0.008, settings={"size": 16}),
-    "pfeiffer": Row(5e-3, 0.005, settings={"size": 16}),
-    "bitfit": Row(1e-2, 0.01, settings={"add_biases": True}),
+    "p_tuning_v2": Row(1e-1, 0.003, settings=TOKENS, steps=STEPS),
+    "houlsby": Row(5e-3, 0.008, settings={"size": 16}, steps=STEPS),
+    "pfeiffer": Row(5e-3, 0.005, settings={"size": 16}, steps=STEPS),
+    "bitfit": Row(1e-2, 0.01, settings={"add_biases": True}, steps=STEPS),
     "ia3": Row(2e-2, 0.005),
-    "unipelt": Row(5e-3, 0.01, settings={"rank": 4, "tokens": 4, "size": 16}),
+    "unipelt": Row(5e-3, 0.01, settings={"rank": 4, "tokens": 4, "size": 16}, steps=STEPS),
 }
 
 
@@ -127,7 +129,8 @@ def settings_of(name):
 
 
 def train(stage, model, rows, renderer, method, row):
-    steps = STEPS if stage == "sft" else STEPS // 2
+    steps = row.steps if stage == "sft" else row.steps // 2
+    learnt, held_out = rows
     cfg = TrainConfig(
         learning_rate=row.learning_rate * (1.0 if stage == "sft" else row.rm_rate),
         max_steps=steps,
@@ -151,7 +154,8 @@ def train(stage, model, rows, renderer, method, row):
         return getattr(supervised, f"train_{stage}")(
             model,
             renderer.tokenizer,
-            *rows,
+            learnt[: row.steps * ROWS],
+            held_out,
             cfg=cfg,
             method=method,
             engine_cfg=EngineConfig(zero_stage=row.zero_stage, dtype="fp32"),
@@ -303,7 +307,7 @@ def test_a_method_through_every_stage(name, rows, renderer, tmp_path):
     # SFT: it learns, and what is published says what was trained.
     base = models.load_causal(BASE, renderer.tokenizer, dtype=torch.float32, method=method)
     facts = models.base_facts(ModelConfig(path=str(BASE)), base)
-    policy = models.trainable(base, method, tokenizer=renderer.tokenizer, steps=STEPS)
+    policy = models.trainable(base, method, tokenizer=renderer.tokenizer, steps=row.steps)
     said.append(f"{models.count_parameters(policy)[0]:,} trained")
     found = train("sft", policy, rows["sft"], renderer, method, row)
     first, last = found["start/eval/loss"], found["eval/loss"]
@@ -347,7 +351,7 @@ def test_a_method_through_every_stage(name, rows, renderer, tmp_path):
     assert sft.reference in golden_start
     scalar = models.quantized(scalar, renderer.tokenizer, method, torch.float32)
     reward_model = models.trainable(
-        scalar, method, head=True, tokenizer=renderer.tokenizer, steps=STEPS // 2
+        scalar, method, head=True, tokenizer=renderer.tokenizer, steps=row.steps // 2
     )
     found = train("rm", reward_model, rows["rm"], renderer, method, row)
     said.append(f"RM {found['start/eval/loss']:.3f} -> {found['eval/loss']:.3f}")
