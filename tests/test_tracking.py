@@ -484,8 +484,12 @@ for step in (1, 2, 3, 4):
     t.log({"train/loss": 1 / step}, step=step)
 (path,) = folder.glob("wandb/offline-run-*/*.wandb")
 from wandb_files import parse_records
-while sum(r.HasField("history") for r in parse_records(path.read_bytes())) < 3:
+for _ in range(6000):
+    if sum(r.HasField("history") for r in parse_records(path.read_bytes())) >= 3:
+        break
     time.sleep(0.01)
+else:
+    sys.exit("wandb has not written three rows in a minute")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     root = Path(tracking.__file__).parents[1]
