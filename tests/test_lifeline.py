@@ -57,7 +57,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[subprocess.Popen[str]]]
 
 
 def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=300)
     return process.returncode, said
 
 

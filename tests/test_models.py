@@ -470,7 +470,7 @@ def reader(published, tiny_model, tiny_tokenizer):
         [sys.executable, "-c", READ, str(work)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -256,7 +256,7 @@ def worker(folder):
 @pytest.mark.slow
 @pytest.mark.usefixtures("said")
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    output = start_ranks(2, __file__, str(tmp_path), timeout=200)
+    output = start_ranks(2, __file__, str(tmp_path), timeout=900)
     assert "building" not in "".join(output)
     expected, expected_norms = by_torch()
     for name in (f"zero{stage}-rank{rank}" for stage in (2, 3) for rank in range(2)):

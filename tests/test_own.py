@@ -490,7 +490,7 @@ def test_a_fresh_process_gets_the_adapters_that_were_in_memory(tmp_path, causal,
         [sys.executable, "-c", script, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

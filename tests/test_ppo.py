@@ -614,7 +614,7 @@ def test_two_processes_do_what_one_does(make_roles, tmp_path):
     save_file(tensors, tmp_path / "batch.safetensors")
     roles.policy.save_pretrained(tmp_path / "policy")
     roles.critic.save_pretrained(tmp_path / "critic")
-    start_ranks(2, __file__, str(tmp_path), timeout=200)
+    start_ranks(2, __file__, str(tmp_path), timeout=900)
 
     batch, stats = ppo.estimate_advantages(batch, cfg)
     more, policy, critic = updated(roles, batch, cfg)
