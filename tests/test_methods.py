@@ -296,7 +296,14 @@ def in_ppo(name, sft, rm, renderer):
     return f"KL {stats['proof/kl']:.0e}, |ratio - 1| {stats['proof/ratio']:.0e}, {shared}"
 
 
-@pytest.mark.parametrize("name", TABLE)
+# Near-equal: each goes the way of another one, by the same code, and has tests of what it adds.
+LIKE_ANOTHER = ("rslora", "lora_plus", "lora_fa", "relora", "pfeiffer", "ia3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_ANOTHER else n for n in TABLE],
+)
 def test_a_method_through_every_stage(name, rows, renderer, tmp_path):
     row, method = TABLE[name], settings_of(name)
     if name == "qlora":

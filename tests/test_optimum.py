@@ -69,7 +69,10 @@ def settings(name, *, new, **more):
     )
 
 
-@pytest.mark.parametrize("name", ["ppo", "rloo", "reinforce_pp"])
+@pytest.mark.parametrize(
+    "name",
+    ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "reinforce_pp"))],
+)
 def test_one_token_answers_end_at_the_known_optimum(make_roles, name):
     cfg = settings(name, new=1, steps=120, learning_rate=1e-2, critic_learning_rate=1e-2)
     roles = train(make_roles, cfg, lambda answer: float(REWARD[answer[0]]))

@@ -169,7 +169,7 @@ def test_rows_beyond_the_models_positions_are_refused(tmp_path, monkeypatch, cap
 ZERO3 = ["engine=zero3", "engine.partition_threshold=0", "engine.allow_zero3_adapters=true"]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_zero3_publishes_what_zero2_does(line, full_line, tmp_path, monkeypatch, method):
     """Every weight is split, so what is saved without being gathered would be empty."""
     from safetensors.torch import load_file

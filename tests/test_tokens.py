@@ -601,6 +601,7 @@ def test_a_checkpoint_is_a_parent_like_what_was_published(line):
     assert_close(states[1], states[0], rtol=0, atol=TINY)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_the_unbroken_one(line, monkeypatch, capfd):
     log = Tracker.log
 
