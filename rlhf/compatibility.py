@@ -14,6 +14,18 @@ from typing import Any
 
 from rlhf import libraries
 from rlhf.errors import ConfigError
+from rlhf.methods.settings import (
+    FAMILIES,
+    BitFitConfig,
+    BottleneckConfig,
+    FreezeConfig,
+    FullConfig,
+    MethodConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    UniPELTConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class Home:
 
     Attributes:
         file: its module in this package.
-        libraries: by the names that pip knows; the first one's is the check.
+        libraries: by the names that pip knows; the first is blamed where an error names none.
         feature: what stops working where one of them has changed.
         used: whether a stage of this config runs it.
         checks: it has a function `changed`; without, it keeps to what the library documents.
@@ -35,11 +47,17 @@ class Home:
     checks: bool = True
 
 
-def _by(*names: str) -> Callable[[Any], bool]:
+SOFT = (PrefixConfig, PromptConfig, PTuningConfig)
+OWN = (BottleneckConfig, UniPELTConfig)
+OF_WEIGHTS = (FullConfig, FreezeConfig, BitFitConfig)  # which lean on nothing
+LOW_RANK = tuple(kind for kind in FAMILIES if kind not in (*SOFT, *OWN, *OF_WEIGHTS))
+
+
+def _by(*kinds: type[MethodConfig]) -> Callable[[Any], bool]:
+    """Whether a stage trains by a method with settings of these kinds."""
+    names = {name for kind in kinds for name in FAMILIES[kind]}
     return lambda cfg: cfg.method.name in names
 
-
-_LOW_RANK = "lora rslora dora pissa qlora adalora lora_plus lora_fa vera lora_drop plora relora ia3"
 
 HOMES = (
     Home("engine", ("deepspeed", "torch"), "all stages: updates and checkpoints"),
@@ -53,20 +71,20 @@ HOMES = (
         used=lambda cfg: cfg.stage in ("sft", "rm"),
     ),
     Home("rollout", ("transformers",), "PPO and evaluation: sampling"),
-    Home("methods.lora", ("peft",), "methods of the LoRA family", used=_by(*_LOW_RANK.split())),
+    Home("methods.lora", ("peft",), "methods of the LoRA family", used=_by(*LOW_RANK)),
     Home(
         "methods.soft",
         ("transformers", "peft"),
         "prefix_tuning, prompt_tuning, p_tuning, p_tuning_v2",
-        used=_by("prefix_tuning", "prompt_tuning", "p_tuning", "p_tuning_v2"),
+        used=_by(*SOFT),
     ),
     Home(
         "methods.own",
         ("peft",),
         "houlsby, pfeiffer, unipelt",
-        used=_by("houlsby", "pfeiffer", "unipelt"),
+        used=_by(*OWN),
     ),
-    Home("methods.unipelt", ("transformers",), "unipelt", used=_by("unipelt")),
+    Home("methods.unipelt", ("transformers",), "unipelt", used=_by(UniPELTConfig)),
     Home("launch", ("hydra-core",), "all stages: settings", checks=False),
     Home("wandb_run", ("wandb",), "tracking=wandb, rlhf sync", checks=False),
     Home("dashboard", ("wandb-workspaces",), "rlhf dashboard", checks=False),

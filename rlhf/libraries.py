@@ -172,7 +172,7 @@ def lacking(owner: object, *names: str) -> Iterator[str]:
 def refusing(function: object, *arguments: str) -> Iterator[str]:
     """A line where a function of an outside library no longer takes some of these arguments.
 
-    "a|b" stands for either name. One that takes `**kwargs` may take any: it is not asked.
+    "a|b" stands for either name. It has to name them: what goes into `**kwargs` may be dropped.
     """
     import inspect
 
