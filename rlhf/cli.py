@@ -15,6 +15,7 @@ import typer
 import rlhf
 from rlhf import describe
 from rlhf.errors import ConfigError, RegistryError, RLHFError
+from rlhf.metrics import headlines
 from rlhf.registry import Registry, default_runs_dir
 from rlhf.tables import print_json, print_json_list, print_table
 
@@ -64,9 +65,7 @@ def list_runs(
     if not runs:
         print(f"No {stage + ' ' if stage else ''}runs in {registry.runs_dir}. `make` lists how.")
         return
-    shown = [
-        name for name in describe.HEADLINES if any(name in describe.metrics(run) for run in runs)
-    ]
+    shown = headlines(*map(describe.metrics, runs))
     rows = []
     for run in runs:
         made = run.manifest

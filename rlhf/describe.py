@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from rlhf.manifest import Manifest, checkpoint_folders
+from rlhf.metrics import headlines
 from rlhf.registry import RunInfo
 from rlhf.tables import glyphs, print_table, printable
 
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from rlhf.cleanup import Item
     from rlhf.compare import Comparison
     from rlhf.lineage import Ancestor, Child
-
-# What tells most about a run of a stage, in reading order; `ls` shows those that were measured.
-HEADLINES = ("eval/loss", "eval/accuracy", "eval/gold", "eval/win_rate", "objective/kl")
 
 
 def as_dict(run: RunInfo) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def _details(run: Ancestor) -> list[str]:
         f"{link.role} {link.reference}" + ("" if link.state == "sound" else f" ({link.state})")
         for link in run.parents
     ]
-    metrics = [f"{n} {number(made.metrics[n])}" for n in HEADLINES if n in made.metrics]
+    metrics = [f"{n} {number(made.metrics[n])}" for n in headlines(made.metrics)]
     data = [f"data     {p.source}, {p.split}: {p.rows:,} rows" for p in made.data]
     return [
         *problem,

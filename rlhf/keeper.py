@@ -121,6 +121,11 @@ class Keeper:
         self._converted = None
 
     @property
+    def is_best(self) -> bool:
+        """Whether the step that was done last is the best so far."""
+        return self.best is not None and self.best["step"] == self.step
+
+    @property
     def model_is(self) -> str:
         """What model/ will hold: "best" where a best one was chosen, else "last"."""
         return "last" if self.best is None else "best"
@@ -220,7 +225,7 @@ class Keeper:
 
     def best_folder(self) -> Path | None:
         """The best checkpoint, where it is not the last step, whose weights are in memory."""
-        in_memory = self.stopped is None and self.step == (self.best or {}).get("step")
+        in_memory = self.stopped is None and self.is_best
         if self.best is None or in_memory:
             return None
         return self._folder(self.best["step"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,21 @@ METRICS: dict[str, Metric] = {
         ("perf/peak_memory_gb", "GB", LOW, "peak memory of the main process, or of its GPU"),
     )
 }
+
+
+# What tells most about a finished run, in reading order.
+HEADLINES = ("eval/loss", "eval/accuracy", "eval/gold", "eval/win_rate", "eval/score", "eval/kl")
+
+
+def headlines(*runs: Collection[str]) -> list[str]:
+    """Those of `HEADLINES` that any of the runs has; each run is the names of its final numbers.
+
+    KL is that of held-out answers. Where nothing was held out, that of the rollouts stands in for
+    it; they were sampled before the step's update.
+    """
+    shown = [name for name in HEADLINES if any(name in run for run in runs)]
+    without = any("objective/kl" in run and "eval/kl" not in run for run in runs)
+    return [*shown, "objective/kl"] if without else shown
 
 
 # Distributions that PPO shows at every evaluation; in W&B only.

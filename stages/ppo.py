@@ -124,11 +124,14 @@ def main(cfg: config.PPOStage) -> None:
                         session.log_detail(tracker, kept, ppo.distributions(batch, ratios), step)
                     session.log(tracker, stats, step=step, tokens=ppo.tokens(batch))
                     keeper.state |= {"stats": stats, "price": price.state()}
+                    if keeper.is_best:
+                        keeper.state["best"] = stats
                     keeper.state |= {"watch": watch.state, "course": course.state}
             if best := keeper.best_folder():
                 models.load_trained(roles.policy, best / "model")
             after = held_out.answers(roles.policy, roles)
-            metrics = keeper.state["stats"] | held_out.compare(before, after)
+            published = keeper.state.get("best", keeper.state["stats"])
+            metrics = published | held_out.compare(before, after)
             ppo.expect_publishable(metrics, step=keeper.step)
             session.log_final(tracker, metrics, step=keeper.step)
 

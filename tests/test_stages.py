@@ -151,6 +151,37 @@ def test_another_seed_gives_other_numbers(line, monkeypatch):
     assert numbers(line, "ppo", "other") != numbers(line, "ppo")
 
 
+@pytest.mark.parametrize("ends", ["last", "stopped"])
+def test_the_numbers_that_are_published_are_those_of_the_published_step(line, monkeypatch, ends):
+    """The first step is the best; the others, or a guard in the third, come after it."""
+    from rlhf import monitor, ppo
+    from rlhf.errors import StoppedByGuard
+    from rlhf.registry import Registry
+
+    found = iter([1.0, 0.0, 0.0])
+    monkeypatch.setattr(ppo, "worth", lambda *a: next(found))
+    check = monitor.Monitor.check
+
+    def stop(self, stats, *, step):
+        check(self, stats, step=step)
+        if (ends, step) == ("stopped", 3):
+            raise StoppedByGuard("as the test wants it")
+
+    monkeypatch.setattr(monitor.Monitor, "check", stop)
+    given = [f"runs_dir={line}", "tracking=off", *SMALL["ppo"], f"run_name=first-{ends}"]
+    given += ["ppo.steps=3", "ppo.eval_every=1", "ppo.learning_rate=1e-3"]
+    assert run_stage(monkeypatch, "ppo", *given) == (3 if ends == "stopped" else 0)
+    made = Registry(line).resolve(f"ppo/first-{ends}").manifest
+    logged = {}
+    for row in numbers(line, "ppo", f"first-{ends}"):
+        logged.setdefault(row.pop("step"), {}).update(row)
+    clocked = ("time/", "perf/", "proof/")
+    of_the_run = {n: x for n, x in made.metrics.items() if not n.startswith(clocked)}
+    assert of_the_run == pytest.approx({n: logged[1][n] for n in of_the_run})
+    assert of_the_run["objective/kl"] != pytest.approx(logged[2]["objective/kl"])
+    assert {"episode", "objective/scores", "loss/policy", "eval/kl"} <= of_the_run.keys()
+
+
 LONG = "Tell me all about it. " * 60
 
 

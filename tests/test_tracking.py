@@ -21,7 +21,7 @@ from wandb_files import inside, items, parts, records, rows
 
 from rlhf import tracking, wandb_run
 from rlhf.errors import ConfigError, StoppedByGuard
-from rlhf.metrics import METRICS
+from rlhf.metrics import HEADLINES, METRICS, headlines
 from rlhf.tracking import Tracker
 from rlhf.wandb_run import find_key
 
@@ -554,6 +554,18 @@ def test_online_the_server_says_what_it_has(tmp_path, monkeypatch, forget_key):
 
 
 # -- axes, tags, histograms, samples, alerts
+
+
+def test_headlines_show_the_kl_of_the_published_policy():
+    """That of the rollouts, sampled before the update, stands in where nothing was held out."""
+    ppo = {"eval/gold": 0.6, "eval/score": 2.0, "eval/kl": 42.6, "objective/kl": 14.6}
+    assert headlines(ppo) == ["eval/gold", "eval/score", "eval/kl"]
+    assert headlines({"objective/kl": 14.6}) == ["objective/kl"]
+    assert headlines({"eval/loss": 1.0}, ppo, {"objective/kl": 1.0}) == [
+        *("eval/loss", "eval/gold", "eval/score", "eval/kl", "objective/kl")
+    ]
+    assert headlines({}) == []
+    assert {*HEADLINES} <= METRICS.keys()
 
 
 def test_every_metric_has_the_step_as_its_axis(tmp_path):

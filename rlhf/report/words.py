@@ -12,12 +12,11 @@ import numpy as np
 from markupsafe import escape
 
 from rlhf.manifest import Manifest
-from rlhf.metrics import METRICS
+from rlhf.metrics import METRICS, headlines
 from rlhf.report.collect import Report, Run
 from rlhf.report.curves import GREY, style
 from rlhf.report.files import Card, Evaluation, Interval, Row, Slice
 
-HEADLINES = ("eval/loss", "eval/accuracy", "eval/gold", "eval/win_rate", "eval/score", "eval/kl")
 STATES = {"stopped": "stopped by a guard"}
 # Final numbers with an interval, and what to set beside each.
 RESULTS = {
@@ -131,7 +130,7 @@ def _node(
     for lane in range(min(turns, default=n), n):
         rails[lane].add("across" if lane not in turns or lane > min(turns) else "turn")
     made = run.manifest
-    metrics = [f"{n} {interval(final(run, n))}" for n in HEADLINES if n in run.metrics]
+    metrics = [f"{n} {interval(final(run, n))}" for n in headlines(run.metrics)]
     links = [f"{link.role} {link.reference}" for link in run.parents]
     lines = [
         f"from {', '.join(links)}" if links else _base(made),
