@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import rich.box
 from rich.table import Table
 
-from rlhf.metrics import METRICS
+from rlhf.metrics import find
 
 TREND = 16  # values in the small plot of a number
 RECENT = f"last {TREND}"  # the head of its column
@@ -28,6 +28,7 @@ NARROW = 60  # below which the first value is, too
 class History:
     """One number so far; `best` is (value, step), by the good direction that METRICS names."""
 
+    unit: str
     first: float
     last: float
     best: tuple[float, int] | None = None
@@ -38,7 +39,7 @@ class Board:
     """The numbers of one stage.
 
     Args:
-        names: which numbers of METRICS, in order; those that come are shown.
+        names: which metrics, in order; those that come are shown.
     """
 
     def __init__(self, stage: str, names: Sequence[str], total: int | None) -> None:
@@ -51,13 +52,13 @@ class Board:
         """The numbers of a step; what is not to be shown is left out."""
         self.step = step
         for name in self._names:
-            if name not in metrics:
+            if name not in metrics or (metric := find(name)) is None:
                 continue
             value = metrics[name]
-            found = self._found.setdefault(name, History(value, value))
+            found = self._found.setdefault(name, History(metric.unit, value, value))
             found.last = value
             found.recent.append(value)
-            sign = GOOD[METRICS[name].higher_is_better]
+            sign = GOOD[metric.higher_is_better]
             best = -math.inf if found.best is None else sign * found.best[0]
             if sign and math.isfinite(value) and sign * value > best:
                 found.best = (value, step)
@@ -96,7 +97,7 @@ class Board:
         if head == "best":
             return "" if found.best is None else f"{found.best[0]:.4g} @{found.best[1]}"
         if head == "unit":
-            return METRICS[name].unit
+            return found.unit
         if head == RECENT:
             return trend(tuple(found.recent))  # at once: numbers come while the picture is drawn
         return f"{found.first if head == 'first' else found.last:.4g}"

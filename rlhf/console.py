@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from rlhf import metrics
 from rlhf.board import Board
 
 WIDTH_OFF_TERMINAL = 100
@@ -87,7 +88,7 @@ class Console:
 
         None of them, no line.
         """
-        names = HEADLINES.get(stage, tuple(metrics))
+        names = _with_terms(HEADLINES.get(stage, tuple(metrics)), metrics)
         if self._live is not None:
             if self._board is None or self._board.stage != stage:
                 self._board = Board(stage, names, total)
@@ -290,6 +291,13 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def _with_terms(names: Sequence[str], found: Mapping[str, float]) -> list[str]:
+    """`names`, and after the score the terms that it is the sum of, where there are several."""
+    terms = metrics.terms(found)
+    shown = [[name, *terms] if name == "objective/scores" else [name] for name in names]
+    return [name for some in shown for name in some] if len(terms) > 1 else list(names)
 
 
 def _rich_console(file: TextIO, *, quiet: bool) -> rich.console.Console:

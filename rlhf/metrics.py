@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,29 @@ METRICS: dict[str, Metric] = {
 }
 
 
+TERMS = "objective/scores/"  # in front of the names of a reward's terms, which are the user's
+
+
+def find(name: str) -> Metric | None:
+    """One of METRICS, or a term of the reward; None for any other name."""
+    if name in METRICS or not (term := name.removeprefix(TERMS)) or term == name:
+        return METRICS.get(name)
+    return Metric(name, "score", f"mean of the reward's term {term}, before its weight")
+
+
+def terms(metrics: Iterable[str]) -> list[str]:
+    """The names among `metrics` that are terms of a reward, in order."""
+    return [name for name in metrics if name.startswith(TERMS)]
+
+
+def order(name: str) -> tuple[int, str]:
+    """Sorts as METRICS does; a term comes after the score, another name last."""
+    listed = TERMS.rstrip("/") if name.startswith(TERMS) else name
+    return _PLACES.get(listed, len(_PLACES)), name
+
+
+_PLACES = {name: place for place, name in enumerate(METRICS)}
+
 # What tells most about a finished run, in reading order.
 HEADLINES = ("eval/loss", "eval/accuracy", "eval/gold", "eval/win_rate", "eval/score", "eval/kl")
 
@@ -140,14 +163,14 @@ def in_table_order(metrics: Mapping[str, float]) -> dict[str, float]:
     """The same numbers as plain int or float, in the order of METRICS.
 
     Raises:
-        KeyError: a name that is not in METRICS, with the nearest ones.
+        KeyError: a name that is neither in METRICS nor a term's, with the nearest ones.
     """
     for name in metrics:
-        if name not in METRICS:
+        if find(name) is None:
             near = difflib.get_close_matches(name, METRICS, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "see METRICS for the names."
             raise KeyError(f"metric {name!r} is not in rlhf.metrics.METRICS: {hint}")
-    return {name: _plain_number(metrics[name]) for name in METRICS if name in metrics}
+    return {name: _plain_number(metrics[name]) for name in sorted(metrics, key=order)}
 
 
 def _plain_number(value: Any) -> float:

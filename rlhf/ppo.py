@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf import engine, losses, models, ptx, returns
+from rlhf import engine, losses, metrics, models, ptx, returns
 from rlhf.config import EngineConfig, PPOConfig, PPOStage, SamplingConfig
 from rlhf.controllers import AdaptiveKL, FixedKL
 from rlhf.data import Row
@@ -214,7 +214,8 @@ def score(
         cfg: the stage's settings.
 
     Returns:
-        The verdict, and what an ensemble disagrees by, over all processes.
+        The verdict, and over all processes the mean of each term before its weight, and what an
+        ensemble disagrees by.
     """
     verdict = reward.score(
         rollout.ids,
@@ -224,11 +225,12 @@ def score(
         rows,
         micro_batch_size=cfg.ppo.micro_batch_size,
     )
-    if verdict.spread is None:
-        return verdict, {}
-    total, count = verdict.spread.double().sum(), verdict.spread.new_tensor(len(rows))
-    mean = float(engine.sum_over_ranks(total) / engine.sum_over_ranks(count.double()))
-    return verdict, {"objective/scores_spread": mean}
+    measured = {f"{metrics.TERMS}{name}": part for name, part in verdict.parts.items()}
+    if verdict.spread is not None:
+        measured["objective/scores_spread"] = verdict.spread
+    sums = torch.stack([x.double().sum() for x in (*measured.values(), torch.ones(len(rows)))])
+    *totals, count = engine.sum_over_ranks(sums.to(engine.device())).tolist()
+    return verdict, {name: total / count for name, total in zip(measured, totals, strict=True)}
 
 
 @torch.no_grad()

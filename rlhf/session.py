@@ -33,7 +33,7 @@ from rlhf.manifest import (
     now,
     write_last,
 )
-from rlhf.metrics import METRICS
+from rlhf.metrics import find
 from rlhf.registry import Published, Registry
 from rlhf.run import Run, open_run
 from rlhf.tracking import Tracker
@@ -243,7 +243,7 @@ class Session:
         W&B shows them for the run as a whole; metrics.jsonl gets those that are no curve yet.
         """
         if tracker is not None:
-            numbers = {name: value for name, value in metrics.items() if name in METRICS}
+            numbers = {name: value for name, value in metrics.items() if find(name)}
             if new := {n: value for n, value in numbers.items() if n not in tracker.names}:
                 tracker.log(new, step=step)
             tracker.summary(numbers)

@@ -116,7 +116,7 @@ class Tracker:
         """Record the numbers of one step; several calls may share a step, none may go back.
 
         Raises:
-            KeyError: a name that is not in METRICS; nothing is written then.
+            KeyError: a name that is not one of a metric (`metrics.find`); nothing is written then.
             ValueError: `step` is before the last one (W&B would drop the numbers in silence).
         """
         numbers = in_table_order(metrics)

@@ -291,6 +291,29 @@ def test_a_terminal_has_one_table_of_first_best_and_last(wide):
     assert "loss/policy" not in glass.text
 
 
+def test_the_terms_of_a_sum_stand_below_the_score(wide):
+    """Where there is one term alone, it says what the score says."""
+    one = {"objective/scores": 1.5, "objective/kl": 0.5, "objective/scores/rm": 1.0}
+    several = one | {"objective/scores/brief": 0.25}
+
+    def shown(kind, numbers):
+        screen = Screen(kind)
+        with screen.console.progress("ppo", 9):
+            screen.console.metrics("ppo", 1, 9, numbers)
+            if kind is Terminal:
+                screen.console._live.refresh()
+                text = Glass(screen.err.getvalue(), 100).text
+            else:
+                text = screen.err.getvalue()
+        return re.findall(r"objective/\S+", text)
+
+    for kind in (Terminal, io.StringIO):
+        assert shown(kind, one) == ["objective/scores", "objective/kl"]
+        assert shown(kind, several) == [
+            *("objective/scores", "objective/scores/rm", "objective/scores/brief", "objective/kl")
+        ]
+
+
 def test_the_table_is_gone_with_its_stage(wide):
     screen = Screen(Terminal)
     stage(screen, [1])

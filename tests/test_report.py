@@ -383,6 +383,24 @@ def test_intervals_are_drawn_with_their_metric_and_not_as_curves(demo: Registry)
     assert [panel.title for panel in found if not panel.first][:1] == ["loss/value"]
 
 
+def test_the_terms_of_a_sum_have_plots_beside_the_score(registry: Registry):
+    numbers = {
+        f"objective/{name}": [1.0, 2.0]
+        for name in ("scores/rm", "kl", "entropy_of_none", "scores", "scores/brief")
+    }
+    publish(registry, "ppo/x", curves=numbers)
+    found = panels.curves(collect(registry, ["ppo/x"]).shown, "ppo", {"ppo/x": 0})
+    assert [(panel.title, panel.first) for panel in found] == [
+        ("objective/scores", True),
+        ("objective/scores/brief", True),
+        ("objective/scores/rm", True),
+        ("objective/kl", True),
+        ("objective/entropy_of_none", False),
+    ]
+    assert found[1].about == "mean of the reward's term brief, before its weight"
+    assert found[1].y_label == "score"
+
+
 def test_a_step_without_an_interval_borrows_none():
     steps = np.array([1, 2, 3, 4])
     curve = files.Curve(np.array([2, 2, 4]), np.array([0.1, 0.2, 0.4]))

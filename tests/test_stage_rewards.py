@@ -128,11 +128,11 @@ def test_a_function_needs_no_reward_model(alone, own, judged, monkeypatch, algor
     manifest = Registry(alone).resolve(f"ppo/{name}").manifest
     assert [parent.role for parent in manifest.parents] == ["policy"]
     assert set(manifest.fingerprints) == {"train", "validation", "reward.function"}
-    [(drawn, rows, prompts, texts, verdict, spread)] = judged
+    [(drawn, rows, prompts, texts, verdict, means)] = judged
     expect_own_rows(drawn, rows, prompts)
     assert len({tuple(ids) for ids in prompts}) == (4 if algorithm == "ppo" else 1)
     torch.testing.assert_close(verdict.scores, worth(rows, texts))
-    assert spread == {}
+    assert means == {"objective/scores/function": pytest.approx(float(verdict.scores.mean()))}
     found = numbers(alone / "ppo" / name)
     assert found["objective/scores"] == pytest.approx(float(worth(rows, texts).mean()), rel=1e-5)
     assert ("val/error" in found) == (algorithm == "ppo")
@@ -248,8 +248,14 @@ def test_a_reward_model_and_a_function_are_added(pair, own, judged, monkeypatch,
     roles = [(parent.role, parent.reference) for parent in manifest.parents]
     assert roles == [("policy", "sft/tiny"), ("reward_model", "rm/tiny")]
     [(drawn, rows, _, texts, verdict, _)] = judged
-    expected = said_by(pair, "tiny", drawn) + 0.5 * worth(rows, texts)
+    terms = {"rm": said_by(pair, "tiny", drawn), "function": worth(rows, texts)}
+    expected = terms["rm"] + 0.5 * terms["function"]
     torch.testing.assert_close(verdict.scores, expected, rtol=1e-4, atol=1e-4)
+    found = numbers(pair / "ppo" / f"sum-{share}")
+    for name, values in terms.items():  # before its weight
+        mean = pytest.approx(float(values.mean()), abs=1e-4)
+        assert found[f"objective/scores/{name}"] == mean
+        assert manifest.metrics[f"objective/scores/{name}"] == mean
 
 
 def test_an_ensemble_is_lowered_by_what_its_members_disagree_on(pair, judged, monkeypatch):

@@ -556,6 +556,17 @@ def test_online_the_server_says_what_it_has(tmp_path, monkeypatch, forget_key):
 # -- axes, tags, histograms, samples, alerts
 
 
+def test_a_term_of_the_reward_is_a_metric_whatever_its_name(tmp_path):
+    with tracker(tmp_path) as t:
+        t.log({"objective/kl": 1.0, "objective/scores/brief": 0.5, "objective/scores": 2.0}, step=1)
+        for name in ("objective/scores/", "objective/scoresx", "eval/scores/brief"):
+            with pytest.raises(KeyError, match=name):
+                t.log({name: 1.0}, step=1)
+    assert list(lines(tmp_path)[0]) == [
+        *("step", "objective/kl", "objective/scores", "objective/scores/brief")
+    ]
+
+
 def test_headlines_show_the_kl_of_the_published_policy():
     """That of the rollouts, sampled before the update, stands in where nothing was held out."""
     ppo = {"eval/gold": 0.6, "eval/score": 2.0, "eval/kl": 42.6, "objective/kl": 14.6}

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.metrics import METRICS
+from rlhf.metrics import find
 
 
 def parse_records(raw: bytes) -> list[Any]:
@@ -80,4 +80,4 @@ def inside(messages: Any, key: str) -> dict[str, Any]:
 def rows(found: list[Any]) -> list[dict[str, Any]]:
     """The rows of some records: metrics with their `_step`."""
     every = [items(r.history.item) for r in found if r.HasField("history")]
-    return [{k: v for k, v in row.items() if k in METRICS or k == "_step"} for row in every]
+    return [{k: v for k, v in row.items() if find(k) or k == "_step"} for row in every]

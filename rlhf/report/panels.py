@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.metrics import METRICS
+from rlhf import metrics
 from rlhf.overoptimisation import GOLD, SECOND
 from rlhf.report import thin
 from rlhf.report.collect import Run
@@ -97,15 +97,18 @@ def curves(runs: Sequence[Run], stage: str, place: dict[str, int]) -> list[Panel
     """
     members = [run for run in runs if run.stage == stage]
     names = dict.fromkeys(name for run in members for name in run.curves)
-    order = {name: n for n, name in enumerate(dict.fromkeys((*FIRST[stage], *METRICS)))}
+    first = {name: place for place, name in enumerate(FIRST[stage])}
+    terms = metrics.terms(names)
+    if len(terms) > 1:  # a reward that is a sum
+        first |= dict.fromkeys(terms, first["objective/scores"])
     panels: list[Panel] = []
-    for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
+    for name in sorted(names, key=lambda name: (first.get(name, len(first)), metrics.order(name))):
         if name.endswith(ENDS) or name == "episode":
             continue
         with_it = [run for run in members if name in run.curves]
         if not any(np.isfinite(run.curves[name].values).sum() > 1 for run in with_it):
             continue
-        metric = METRICS.get(name)
+        metric = metrics.find(name)
         better = {True: "higher is better", False: "lower is better"}
         way = better.get(metric.higher_is_better, "") if metric else ""  # type: ignore[arg-type]
         panels.append(
@@ -116,7 +119,7 @@ def curves(runs: Sequence[Run], stage: str, place: dict[str, int]) -> list[Panel
                 x_label="step",
                 y_label="" if metric is None or metric.unit == "1" else metric.unit,
                 series=[_over_steps(run, name, place[run.reference]) for run in with_it],
-                first=name in FIRST[stage],
+                first=name in first,
             )
         )
     return panels

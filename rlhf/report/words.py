@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import escape
 
 from rlhf.manifest import Manifest
-from rlhf.metrics import METRICS, headlines
+from rlhf.metrics import METRICS, find, headlines, order
 from rlhf.report.collect import Report, Run
 from rlhf.report.curves import GREY, style
 from rlhf.report.files import Card, Evaluation, Interval, Row, Slice
@@ -188,10 +188,10 @@ def finals(report: Report) -> list[dict[str, Any]]:
         members = [run for run in report.shown if run.stage == stage]
         found = [run.metrics for run in members]
         names = dict.fromkeys(name for numbers in found for name in numbers)
-        order = {name: place for place, name in enumerate(METRICS)}
         rows = []
-        for name in sorted(names, key=lambda name: order.get(name, len(order))):
-            unit = METRICS[name].unit if name in METRICS else ""
+        for name in sorted(names, key=order):
+            metric = find(name)
+            unit = metric.unit if metric else ""
             label = f"{name}, {unit}" if unit not in ("", "1") else name
             rows.append([label, *(number(numbers.get(name)) for numbers in found)])
         if rows:
