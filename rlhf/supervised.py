@@ -22,7 +22,7 @@ from torch.utils.data import RandomSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from rlhf import engine, libraries, models, ranks
+from rlhf import engine, libraries, losses, models, ranks
 from rlhf.config import EngineConfig, TrainConfig
 from rlhf.errors import StoppedByGuard
 from rlhf.keeper import Keeper
@@ -383,14 +383,15 @@ def _plain_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> lora_dr
             [torch.tensor(row["completion_mask"]) for row in rows], batch_first=True
         ).to(ids.device)
         width = ids.shape[1] - 1
-        logits = models.response_logits(model, ids, mask, width).float()  # [B, T - 1, V]
-        losses = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
-        return (losses * counts[:, 1:]).sum(), int(counts[:, 1:].sum()), mask
+        logits = models.response_logits(model, ids, mask, width)  # [B, T - 1, V]
+        logprobs = losses.logprobs_of(logits, ids[:, 1:])
+        return -(logprobs * counts[:, 1:]).sum(), int(counts[:, 1:].sum()), mask
 
     def pairs(rows: Rows) -> tuple[Tensor, int, Tensor]:
         ids, mask = padded([row[name] for name in ("chosen_ids", "rejected_ids") for row in rows])
         chosen, rejected = models.scores(model, ids, mask).chunk(2)
-        return -nn.functional.logsigmoid(chosen - rejected).sum(), len(rows), mask
+        loss, _ = losses.pairwise_loss(chosen, rejected)
+        return loss * len(rows), len(rows), mask
 
     return lambda rows: pairs(rows) if "chosen_ids" in rows[0] else sft(rows)
 

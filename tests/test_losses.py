@@ -1,6 +1,8 @@
 """Losses: by hand, from slow loops in float64, from torch.distributions, by what cannot matter."""
 
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -757,3 +759,32 @@ def test_pairwise_refuses_what_does_not_fit():
         pairwise_loss(torch.zeros(3), torch.zeros(3), margin=torch.zeros(1))
     with pytest.raises(ShapeError, match="no pair"):
         pairwise_loss(torch.zeros(0), torch.zeros(0))
+
+
+@pytest.mark.parametrize("center_coef", [None, 0.01])
+@pytest.mark.parametrize("with_margin", [False, True])
+def test_pairwise_loss_is_the_one_that_trl_trains_by(center_coef, with_margin):
+    """Reward models are trained by TRL's trainer; LoRA-drop's first training by ours."""
+    from trl import RewardTrainer
+
+    def gathered(x):
+        return x
+
+    scores = torch.randn(10, requires_grad=True)  # chosen, then rejected
+    margin = {"margin": torch.rand(5)} if with_margin else {}
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(center_rewards_coefficient=center_coef),
+        accelerator=SimpleNamespace(gather=gathered, gather_for_metrics=gathered),
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    theirs = RewardTrainer.compute_loss(
+        trainer, lambda **_: SimpleNamespace(logits=scores[:, None]), dict(margin)
+    )
+    ours, stats = pairwise_loss(*scores.chunk(2), center_coef=center_coef or 0.0, **margin)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    for name in ("accuracy", "margin"):
+        assert trainer._metrics["eval"][name] == [pytest.approx(float(stats[name]), rel=1e-6)]
+    grads = [torch.autograd.grad(loss, scores)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
