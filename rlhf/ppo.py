@@ -353,20 +353,19 @@ def values(critic: nn.Module, batch: Batch) -> Tensor:
 
 
 def estimate_advantages(
-    batch: Batch, cfg: PPOStage, *, kl_coef: float | None = None
+    batch: Batch, cfg: PPOStage, *, kl_coef: float
 ) -> tuple[Batch, dict[str, float]]:
     """Per-token rewards, then advantages by the algorithm, then whitening over all processes.
 
     Args:
         batch: judged.
         cfg: the stage's settings.
-        kl_coef: of this step; `ppo.kl_coef` without it.
+        kl_coef: of this step, as the controller has it.
 
     Returns:
         The batch with advantages and returns, and the objective's numbers, over all processes.
     """
     mask, algorithm = batch.response_mask, cfg.algorithm
-    kl_coef = cfg.ppo.kl_coef if kl_coef is None else kl_coef
     inside = kl_coef if cfg.ppo.kl_in == "reward" else 0.0
     rewards = returns.token_rewards(batch.scores, batch.kl, mask, kl_coef=inside)
     if cfg.ppo.whiten_rewards:
@@ -480,14 +479,14 @@ def update(
     cfg: PPOStage,
     *,
     step: int,
-    kl_coef: float | None = None,
+    kl_coef: float,
     demonstrations: ptx.Demonstrations | None = None,
     ratios: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """`epochs` passes of `minibatches` optimizer steps each, over all processes together.
 
     In the first `ppo.critic_warmup` steps the policy stands still. `kl_coef` is that of this step
-    (`ppo.kl_coef` without it) and matters here where KL is a term of the loss. `demonstrations`
+    and matters here where KL is a term of the loss. `demonstrations`
     are what `ppo.ptx_coef` mixes in: as many rows per optimizer step as there are answers. `ratios`
     gets the probability ratios of this process's tokens, one tensor for each policy pass.
 
@@ -502,7 +501,6 @@ def update(
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     norms: dict[str, list[float]] = defaultdict(list)
     generator = torch.Generator().manual_seed(mix(mix(cfg.seed) - step) & (2**63 - 1))
-    kl_coef = cfg.ppo.kl_coef if kl_coef is None else kl_coef
     warming_up = critic is not None and step <= cfg.ppo.critic_warmup
     trained: dict[str, Engine] = {} if warming_up else {"policy": policy}
     if critic is not None:

@@ -253,7 +253,7 @@ def test_ppo_takes_an_overflow_for_no_divergence(make_roles, tmp_path):
     batch = ready(roles, cfg)
     batch = replace(batch, advantages=3000 * batch.advantages)
     engines = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
-    stats = ppo.update(*engines, batch, cfg, step=1)
+    stats = ppo.update(*engines, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
     assert engines[0]._engine.skipped_steps > 0
     Monitor(cfg, tmp_path, None).see(batch, stats, step=1)  # which stops at an infinite norm
     assert engines[1]._engine.skipped_steps == 0

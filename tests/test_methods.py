@@ -288,8 +288,8 @@ def in_ppo(name, sft, rm, renderer):
         stats = proofs.start(roles, batch, cfg)
     pair = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine, cfg.method)
     before = {n: p.clone() for n, p in roles.policy.named_parameters() if p.requires_grad}
-    batch = ppo.estimate_advantages(batch, cfg)[0]
-    ppo.update(*pair, batch, cfg, step=1)
+    batch = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)[0]
+    ppo.update(*pair, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
     after = dict(roles.policy.named_parameters())
     assert any(not torch.equal(before[n], after[n]) for n in before), "nothing was learnt"
     shared = "one backbone" if isinstance(roles.policy, models.SharedRole) else "separate models"

@@ -287,7 +287,7 @@ def stopped(watching, policy, error):
 def test_the_last_rollout_is_written_token_by_token(make_roles, tmp_path):
     cfg, roles = stage(temperature=0.7), make_roles()
     batch = ready(roles, cfg)
-    _, stats = ppo.estimate_advantages(batch, cfg)
+    _, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
     with torch.no_grad():  # as after an update
         for parameter in roles.policy.parameters():
             if parameter.requires_grad:

@@ -168,7 +168,7 @@ def library(case, cfg, *, learning_rate=1e-3, change=lambda batch, roles: batch,
     batch = judge(case.rollout, roles, cfg, **shaping)
     if roles.critic is not None:
         batch = replace(batch, old_values=batch.old_values + case.value_shift)
-    batch, objective = ppo.estimate_advantages(batch, cfg)
+    batch, objective = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
     batch = change(batch, roles)
     accumulation = 8 // cfg.ppo.minibatches // cfg.ppo.micro_batch_size
     policy, critic = (
@@ -185,7 +185,7 @@ def library(case, cfg, *, learning_rate=1e-3, change=lambda batch, roles: batch,
             seen.append(rows.index(ids[mask].tolist()))
 
     roles.policy.register_forward_pre_hook(note_rows, with_kwargs=True)
-    run.stats = objective | ppo.update(policy, critic, batch, cfg, step=1)
+    run.stats = objective | ppo.update(policy, critic, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
     size = 8 // cfg.ppo.minibatches
     run.minibatches = [seen[start : start + size] for start in range(0, len(seen), size)]
     return run

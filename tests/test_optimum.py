@@ -54,8 +54,8 @@ def train(make_roles, cfg, reward_of):
         found = drawn(roles.policy, cfg, prompts=[PROMPT] * cfg.ppo.batch_size, seed=step)
         scores = torch.tensor([reward_of(answer) for answer in found.answer_ids()])
         batch = ppo.judge(found, scores, roles, cfg)
-        batch, _ = ppo.estimate_advantages(batch, cfg)
-        ppo.update(policy, critic, batch, cfg, step=step)
+        batch, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+        ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
     return roles
 
 

@@ -126,7 +126,7 @@ def judge(found, roles, cfg, **shaping):
 def ready(roles, cfg, **options):
     """A judged batch, with advantages."""
     batch = judge(drawn(roles.policy, cfg, **options), roles, cfg)
-    return ppo.estimate_advantages(batch, cfg)[0]
+    return ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)[0]
 
 
 def judged(roles, cfg):
@@ -246,7 +246,7 @@ def noisy(batch, seed=0):
 def test_advantages_are_those_of_the_pure_functions(make_roles, whiten):
     cfg = stage(kl_coef=0.3, gamma=0.9, lam=0.8, whiten_advantages=whiten)
     batch = noisy(ready(make_roles(), cfg))
-    found, _ = ppo.estimate_advantages(batch, cfg)
+    found, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
     mask = batch.response_mask
     rewards = token_rewards(batch.scores, batch.kl, mask, kl_coef=0.3)
     advantages, returns = gae(rewards, batch.old_values, mask, gamma=0.9, lam=0.8)
@@ -264,7 +264,7 @@ def test_advantages_are_those_of_the_pure_functions(make_roles, whiten):
 def test_objective_numbers_by_hand(make_roles):
     cfg = stage(kl_coef=0.3)
     batch = noisy(ready(make_roles(), cfg))
-    found, stats = ppo.estimate_advantages(batch, cfg)
+    found, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
     rows = [(r[m], m) for r, m in zip(batch.responses, batch.response_mask, strict=True)]
     lengths = [len(answer) for answer, _ in rows]
     kl = sum(float(batch.kl[i][m].sum()) for i, (_, m) in enumerate(rows)) / 8
@@ -296,7 +296,7 @@ def test_objective_numbers_by_hand(make_roles):
 
 def updated(roles, batch, cfg, *, step=1):
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
-    stats = ppo.update(policy, critic, batch, cfg, step=step)
+    stats = ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
     return stats, weights(roles.policy), weights(roles.critic)
 
 
@@ -321,7 +321,7 @@ def test_micro_batch_size_does_not_change_the_weights(make_roles, method):
         roles = make_roles(method)
         cfg = stage(micro_batch_size=micro, epochs=2, whiten_advantages=False)
         batch = noisy(ready(roles, replace_micro(cfg, 8)))
-        batch, _ = ppo.estimate_advantages(batch, cfg)
+        batch, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
         start = weights(roles.policy) | weights(roles.critic)
         stats, *after = updated(roles, batch, cfg)
         found.append((stats, *after))
@@ -348,7 +348,7 @@ def test_recomputed_activations_change_no_weight(make_roles, method, zero_stage)
             layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
             layer.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
-        stats = ppo.update(policy, critic, batch, cfg, step=1)
+        stats = ppo.update(policy, critic, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
         with engine.gathered(roles.policy), engine.gathered(roles.critic):
             found.append((stats, weights(roles.policy) | weights(roles.critic), len(passes)))
     (stats, plain, once), (again, recomputed, twice) = found
@@ -529,8 +529,8 @@ def play(make_roles, monkeypatch, *, steps, **settings):
     scores, kls = [], []
     for step in range(1, steps + 1):
         batch = judge(drawn(roles.policy, cfg, prompts=prompts, seed=step), roles, cfg)
-        batch, stats = ppo.estimate_advantages(batch, cfg)
-        ppo.update(policy, critic, batch, cfg, step=step)
+        batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+        ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
         scores.append(stats["objective/scores"])
         kls.append(stats["objective/kl"])
     return scores, kls
@@ -596,9 +596,9 @@ def worker(folder):
     batch = ppo.Batch(**load_file(f"{folder}/batch.safetensors")).rows(torch.arange(rank, 8, 2))
     policy = AutoModelForCausalLM.from_pretrained(f"{folder}/policy")
     critic = AutoModelForSequenceClassification.from_pretrained(f"{folder}/critic")
-    batch, stats = ppo.estimate_advantages(batch, cfg)
+    batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
     engines = ppo.engines(policy, critic, cfg.ppo, cfg.engine)
-    stats |= ppo.update(*engines, batch, cfg, step=1)
+    stats |= ppo.update(*engines, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
     after = {f"policy.{n}": t.clone() for n, t in policy.state_dict().items()}
     after |= {f"critic.{n}": t.clone() for n, t in critic.state_dict().items()}
     after |= {f"stats.{n}": torch.tensor(value) for n, value in stats.items()}
@@ -616,7 +616,7 @@ def test_two_processes_do_what_one_does(make_roles, tmp_path):
     roles.critic.save_pretrained(tmp_path / "critic")
     start_ranks(2, __file__, str(tmp_path), timeout=900)
 
-    batch, stats = ppo.estimate_advantages(batch, cfg)
+    batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
     more, policy, critic = updated(roles, batch, cfg)
     expected = {f"policy.{n}": t for n, t in policy.items()}
     expected |= {f"critic.{n}": t for n, t in critic.items()}

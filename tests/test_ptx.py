@@ -70,7 +70,15 @@ def test_alone_it_is_a_step_of_sft(make_roles, method, minibatches, micro):
     roles = make_roles(method)
     batch = silent(ready(roles, cfg))
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
-    stats = ppo.update(policy, critic, batch, cfg, step=1, demonstrations=demonstrations(micro))
+    stats = ppo.update(
+        policy,
+        critic,
+        batch,
+        cfg,
+        step=1,
+        demonstrations=demonstrations(micro),
+        kl_coef=cfg.ppo.kl_coef,
+    )
 
     plain = make_roles(method).policy
     trained = [p for p in plain.parameters() if p.requires_grad]
@@ -98,8 +106,10 @@ def test_it_keeps_the_policy_at_what_sft_taught(make_roles):
         policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
         shown = demonstrations() if coef else None
         for step in range(1, 6):
-            batch, _ = ppo.estimate_advantages(judged(roles, cfg), cfg)
-            stats = ppo.update(policy, critic, batch, cfg, step=step, demonstrations=shown)
+            batch, _ = ppo.estimate_advantages(judged(roles, cfg), cfg, kl_coef=cfg.ppo.kl_coef)
+            stats = ppo.update(
+                policy, critic, batch, cfg, step=step, demonstrations=shown, kl_coef=cfg.ppo.kl_coef
+            )
             assert ("loss/ptx" in stats) == bool(coef)
         total, count = row_by_row(roles.policy)
         found[coef] = float(total) / count
@@ -141,7 +151,15 @@ def test_every_step_goes_on_where_the_last_one_ended(make_roles, monkeypatch):
     batch = ready(roles, cfg)
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
     for step in (1, 2):
-        ppo.update(policy, critic, batch, cfg, step=step, demonstrations=demonstrations())
+        ppo.update(
+            policy,
+            critic,
+            batch,
+            cfg,
+            step=step,
+            demonstrations=demonstrations(),
+            kl_coef=cfg.ppo.kl_coef,
+        )
     assert turns == [(n, 4) for n in range(1, 9)]
 
 

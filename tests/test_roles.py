@@ -120,8 +120,8 @@ def test_updates_are_the_same(load):
         before = judged(roles, cfg)
         for step in (1, 2, 3):
             batch = noisy(judged(roles, cfg))
-            batch = ppo.estimate_advantages(batch, cfg)[0]
-            ppo.update(policy, critic, batch, cfg, step=step)
+            batch = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)[0]
+            ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
         again = judge(drawn(roles.policy, cfg), roles, cfg)
         after.append((before, again, head(roles.critic).detach().clone()))
         probe = before  # the same tokens, seen again after training
