@@ -24,7 +24,9 @@ from rlhf.checks import above, between, one_of
 from rlhf.errors import ConfigError
 from rlhf.methods.settings import METHOD_SETTINGS, LoraConfig, MethodConfig
 
-PROJECT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
+# Where conf/, stages/ and data/ lie: beside the package in a checkout, inside it in a wheel.
+PROJECT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
 CONF = PROJECT / "conf"
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+,-]{0,119}")
@@ -631,13 +633,3 @@ def register() -> None:
     OmegaConf.set_struct(engine.deepspeed, False)  # any name is let in, without a + before it
     store.store(group="engine", name="engine_schema", node=engine)
     OmegaConf.register_new_resolver("project", lambda path: str(PROJECT / path), replace=True)
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested config as one level of dotted keys: {"ppo.kl_coef": 0.05, ...}."""
-    if not isinstance(config, dict) or not config:
-        return {prefix: config}
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        out.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return out

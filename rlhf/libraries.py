@@ -1,6 +1,7 @@
 """Outside libraries: the versions that are allowed, that were tested, and that are here.
 
-`pyproject.toml` holds the bounds, `requirements.lock` the versions that the tests ran with.
+The bounds are those that the package was installed with, from `pyproject.toml`;
+`requirements.lock` holds the versions that the tests ran with.
 Nothing here imports one of them.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,8 @@ UNKNOWN = "no version"
 
 def needed(extra: str | None = None) -> dict[str, str]:
     """Library -> the versions that are allowed, always or with one of the extras."""
-    wanted = [one for one in _requirements() if _extra_of(one) == extra]
+    required = map(Requirement, importlib.metadata.requires("rlhf") or ())
+    wanted = [one for one in required if _extra_of(one) == extra]
     return {one.name: _in_order(one.specifier) for one in wanted}
 
 
@@ -45,28 +46,7 @@ def _in_order(bounds: SpecifierSet) -> str:
 
 def needed_python() -> str:
     """The versions of Python that are allowed."""
-    if (project := _project()) is not None:
-        return _in_order(SpecifierSet(str(project["requires-python"])))
     return _in_order(SpecifierSet(importlib.metadata.metadata("rlhf")["Requires-Python"]))
-
-
-def _project() -> dict[str, object] | None:
-    """What pyproject.toml says; None where the package was installed without it."""
-    path = PROJECT / "pyproject.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))["project"] if path.is_file() else None
-
-
-def _requirements() -> Iterator[Requirement]:
-    """Those of the package; an extra's are marked by it."""
-    project = _project()
-    if project is None:
-        yield from map(Requirement, importlib.metadata.requires("rlhf") or ())
-        return
-    yield from map(Requirement, project["dependencies"])  # type: ignore[call-overload]
-    extras: Mapping[str, list[str]] = project["optional-dependencies"]  # type: ignore[assignment]
-    for extra, texts in extras.items():
-        for text in texts:
-            yield Requirement(f"{text}; extra == '{extra}'")
 
 
 def _extra_of(requirement: Requirement) -> str | None:
@@ -87,21 +67,15 @@ def tested() -> Mapping[str, str]:
 
 
 def _lock() -> str:
-    """The text of the lock: of the checkout, or what the wheel brought along."""
-    for path in (PROJECT / LOCK, Path(__file__).parent / LOCK):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    return ""
+    """The text of the lock; empty where there is none."""
+    path = PROJECT / LOCK
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 @cache
 def tested_pythons() -> tuple[str, ...]:
     """The versions of Python that the classifiers name: those that the tests ran with."""
-    project = _project()
-    if project is not None:
-        named: list[str] = project["classifiers"]  # type: ignore[assignment]
-    else:
-        named = importlib.metadata.metadata("rlhf").get_all("Classifier") or []
+    named = importlib.metadata.metadata("rlhf").get_all("Classifier") or []
     return tuple(re.findall(r"Python :: (\d+\.\d+)", "\n".join(named)))
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import email
 import re
-import shutil
-import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -110,49 +106,6 @@ def test_markers_choose_the_pin_of_this_python(monkeypatch):
     )
     monkeypatch.setattr(libraries, "_lock", lambda: text)
     assert libraries.tested.__wrapped__() == {"torch": "2.13.0", "numpy": "2.5.5"}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built in the environment of `make setup`, without a network, from a copy."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", LOCK_NAME):
-        shutil.copy(PROJECT / name, source)
-    shutil.copytree(PROJECT / "rlhf", source / "rlhf")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
-            *("--quiet", "--wheel-dir", str(folder), str(source)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (built,) = folder.glob("*.whl")
-    return zipfile.ZipFile(built)
-
-
-def test_the_lock_travels_in_the_wheel(wheel):
-    assert wheel.read("rlhf/requirements.lock").decode() == LOCK
-
-
-def test_a_wheel_says_what_it_needs_without_pyproject(wheel, monkeypatch):
-    """The bounds, those of extras apart, and the pythons."""
-    expected = (libraries.needed(), libraries.needed("qlora"), libraries.needed_python())
-    pythons = libraries.tested_pythons()
-    (named,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-    said = email.message_from_bytes(wheel.read(named))
-    monkeypatch.setattr(libraries, "_project", lambda: None)
-    monkeypatch.setattr(libraries.importlib.metadata, "metadata", lambda name: said)
-    monkeypatch.setattr(
-        libraries.importlib.metadata, "requires", lambda name: said.get_all("Requires-Dist")
-    )
-    found = (libraries.needed(), libraries.needed("qlora"), libraries.needed_python())
-    assert found == expected
-    assert libraries.tested_pythons.__wrapped__() == pythons
 
 
 def test_make_setup_takes_the_pythons_that_were_tested():

@@ -1,0 +1,5 @@
+"""`python -m rlhf`: the command `rlhf`."""
+
+from rlhf.cli import main
+
+main()
