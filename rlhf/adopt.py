@@ -30,9 +30,9 @@ from safetensors import SafetensorError, safe_open
 from rlhf import contract, parts
 from rlhf.config import CONF, EngineConfig, TemplateConfig
 from rlhf.errors import ConfigError, RegistryError, StoppedByGuard
-from rlhf.manifest import PICKLES, BaseModel, Parent, TokenizerFacts, sha256
+from rlhf.manifest import PICKLES, BaseModel, Parent, TokenizerFacts, flat, sha256
 from rlhf.registry import Absent, Published, Reference, Registry, check_run_name, parse_reference
-from rlhf.run import Plan, Run, flat, open_run
+from rlhf.run import Plan, Run, open_run
 
 if TYPE_CHECKING:  # torch and transformers
     import torch

@@ -10,12 +10,13 @@ from rlhf.manifest import (
     DataFacts,
     Manifest,
     Parent,
+    flat,
 )
 from rlhf.registry import (
     Registry,
     parse_reference,
 )
-from rlhf.run import flat, result_keys
+from rlhf.run import result_keys
 
 NOT_SET = "(not set)"
 PARTS = ("config", "parents", "data", "environment")  # what `facts` tells of a run

@@ -437,11 +437,6 @@ class RewardConfig:
         """The runs of all reward models, each once; the critic starts from the first."""
         return list(dict.fromkeys(run for members in self.models.values() for run in members))
 
-    @property
-    def has_reward_model(self) -> bool:
-        """False: functions alone, so the critic starts from SFT with a fresh head."""
-        return bool(self.models)
-
 
 @dataclass
 class EvaluationConfig:

@@ -28,6 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from rlhf import config, guards, interrupts, lifeline, ranks
 from rlhf.errors import ConfigError, RLHFError, StoppedByGuard
+from rlhf.manifest import flat
 
 C = TypeVar("C", bound=config.StageConfig)
 
@@ -263,7 +264,7 @@ def known_keys(name: str) -> list[str]:
             keys.append(str(key))
             node = OmegaConf.structured(config.GROUPS[str(key)])
             value = OmegaConf.to_container(node, resolve=False)
-        keys += list(config.flat(value, str(key)))
+        keys += list(flat({str(key): value}))
     return keys
 
 

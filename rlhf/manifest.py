@@ -413,6 +413,18 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as one level of dotted keys, with values as JSON holds them."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            out.update(flat(value, f"{name}."))
+        else:
+            out[name] = plain(value)
+    return out
+
+
 # ---------------------------------------------------------------- files
 
 

@@ -530,7 +530,7 @@ def _publish(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path)
     if isinstance(model, peft.PeftModel):
         _save_trained(model, folder)
         parts.refuse_empty(folder)
-        if not families.mergeable(model, ADAPTER):
+        if not families.mergeable(model):
             _save_base(model, tokenizer, folder / parts.BASE)
             tokenizer.save_pretrained(str(folder))
             parts.refuse_empty(folder)

@@ -42,6 +42,7 @@ from rlhf.manifest import (
     checkpoint_folders,
     checkpoint_problems,
     finite,
+    flat,
     git_commit,
     list_files,
     load_checkpoint,
@@ -97,18 +98,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """sha256 of the settings that can change results, whatever their order."""
     text = json.dumps(result_keys(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as one level of dotted keys, with values as JSON holds them."""
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            out.update(flat(value, f"{name}."))
-        else:
-            out[name] = plain(value)
-    return out
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from rlhf import config, guards, launch
-from rlhf.config import CONF, SCHEMAS, flat
+from rlhf.config import CONF, SCHEMAS
 from rlhf.errors import ConfigError
+from rlhf.manifest import flat
 from rlhf.methods.settings import METHOD_SETTINGS
 
 GROUPS = {

@@ -27,6 +27,7 @@ from rlhf.config import (
     TrainConfig,
 )
 from rlhf.errors import ConfigError
+from rlhf.manifest import flat
 from rlhf.methods.settings import FullConfig, LoraConfig
 
 NOT_FINITE = (math.nan, math.inf)
@@ -209,7 +210,7 @@ def test_ppo_defaults_are_those_of_the_paper():
 
 def test_a_nested_config_becomes_dotted_keys():
     nested = {"seed": 0, "ppo": {"kl_coef": 0.1, "deep": {"er": None}}, "empty": {}}
-    assert config.flat(nested) == {
+    assert flat(nested) == {
         "seed": 0,
         "ppo.kl_coef": 0.1,
         "ppo.deep.er": None,

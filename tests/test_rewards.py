@@ -507,13 +507,12 @@ def test_what_the_stage_asks_of_the_settings():
     )
     assert cfg.terms == ["rm", "more", "function", "brief"]
     assert cfg.references == ["rm/b", "rm/a"]  # each once; the critic starts from the first
-    assert cfg.has_reward_model
     assert cfg.named_functions == {
         "function": ("reward.function", "a.py:f"),
         "brief": ("reward.functions.brief", "b.py:g"),
     }
     alone = RewardConfig(function="a.py:f")
-    assert (alone.references, alone.has_reward_model) == ([], False)
+    assert alone.references == []
 
 
 def test_one_row_too_few_is_a_bug_of_the_caller():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import peft
 from safetensors.torch import load_file, save_file
@@ -32,6 +32,8 @@ from rlhf.methods.settings import (
 )
 from rlhf.methods.table import METHODS
 
+T = TypeVar("T", bound=nn.Module)
+
 _FILES: dict[type[MethodConfig], str] = {
     FullConfig: "weights",
     FreezeConfig: "weights",
@@ -43,15 +45,7 @@ _FILES: dict[type[MethodConfig], str] = {
     UniPELTConfig: "unipelt",
 }  # the others: lora
 
-
 _SOFT = "prompt.safetensors"  # beside the adapter: all that is trained of a soft prompt
-
-_MERGEABLE = {
-    peft.PeftType.LORA,
-    peft.PeftType.ADALORA,
-    peft.PeftType.VERA,
-    peft.PeftType.IA3,
-}
 
 
 def _file(kind: type[MethodConfig]) -> Any:
@@ -87,7 +81,7 @@ def attach(
         more["steps"] = steps
     if isinstance(cfg, LoraConfig):
         more["tokens"] = tokens
-    return _file(type(cfg)).attach(model, cfg, head=head, **more)
+    return _made_by(cfg.name, _file(type(cfg)).attach(model, cfg, head=head, **more))
 
 
 def load(
@@ -102,7 +96,13 @@ def load(
         trained: to go on with, rather than frozen.
     """
     kind = next(kind for kind, names in FAMILIES.items() if name in names)
-    return _file(kind).load(model, folder, head=head, trained=trained)
+    return _made_by(name, _file(kind).load(model, folder, head=head, trained=trained))
+
+
+def _made_by(name: str, model: T) -> T:
+    """`model`, which knows from now on which method made it."""
+    model.made_by = name  # type: ignore[assignment]
+    return model
 
 
 def save(model: peft.PeftModel, folder: Path, adapter: str) -> None:
@@ -131,9 +131,9 @@ def go_on(model: peft.PeftModel, adapter: str) -> peft.PeftModel:
     return model
 
 
-def mergeable(model: peft.PeftModel, adapter: str) -> bool:
-    """Whether its adapter can be folded into the base."""
-    return model.peft_config[adapter].peft_type in _MERGEABLE
+def mergeable(model: peft.PeftModel) -> bool:
+    """Whether the adapter that `attach` or `load` put on it can be folded into the base."""
+    return METHODS[str(model.made_by)].mergeable
 
 
 def kept_apart(name: str) -> bool:

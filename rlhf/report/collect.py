@@ -12,11 +12,10 @@ import numpy as np
 from rlhf import compare, lineage
 from rlhf.errors import RegistryError
 from rlhf.lineage import Link
-from rlhf.manifest import Manifest, Parent
+from rlhf.manifest import Manifest, Parent, flat
 from rlhf.registry import Absent, Registry, parse_reference
 from rlhf.report import files
 from rlhf.report.files import Card, Curve, Evaluation, OverOptimisation, Row
-from rlhf.run import flat
 
 
 @dataclass
