@@ -113,7 +113,7 @@ def answer(
     )
     ids = drawn.answer_ids()
     texts = [renderer.decode(row) for row in ids]
-    own = torch.where(drawn.response_mask, drawn.logprobs, 0.0).sum(1)
+    own = torch.where(drawn.response_mask, drawn.old_logprobs, 0.0).sum(1)
     out = Answers(prompts, ids, texts, drawn.ended.tolist(), logprobs=own.tolist())
     if gold is not None:
         out.gold = gold([row["prompt"][-1]["content"] for row in rows], texts, rows)
@@ -156,7 +156,7 @@ def kl_to_reference(reference: nn.Module, drawn: Rollout, batch_size: int) -> li
         real = torch.cat([drawn.prompt_mask[rows], mask], dim=1)
         logits = models.response_logits(reference, ids, real, responses.shape[1])
         ref_logprobs = logprobs_of(logits, responses)
-        out += torch.where(mask, drawn.logprobs[rows] - ref_logprobs, 0.0).sum(1).tolist()
+        out += torch.where(mask, drawn.old_logprobs[rows] - ref_logprobs, 0.0).sum(1).tolist()
     return out
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from rlhf import engine, ppo
+from rlhf.batch import Batch
 from rlhf.config import PPOStage
 from rlhf.errors import StoppedByGuard
 from rlhf.manifest import plain, step_name
@@ -263,7 +264,7 @@ class Monitor:
         self, cfg: PPOStage, folder: Path, renderer: Renderer, state: dict[str, Any] | None = None
     ) -> None:
         self.cfg, self.folder, self.renderer = cfg, folder, renderer
-        self._batch: ppo.Batch | None = None
+        self._batch: Batch | None = None
         self._now: Stats = {}
         known = state or {"first": {}, "recent": [], "strikes": {}}
         self._first: Stats = known["first"]
@@ -275,7 +276,7 @@ class Monitor:
         """What a resumed run must know; JSON values."""
         return {"first": self._first, "recent": self._recent, "strikes": self._strikes}
 
-    def see(self, batch: ppo.Batch, stats: Stats, *, step: int) -> None:
+    def see(self, batch: Batch, stats: Stats, *, step: int) -> None:
         """Remember the rollout at work, before anything is learnt from it.
 
         Raises:
@@ -365,7 +366,7 @@ class Monitor:
 
 @torch.no_grad()
 def describe(
-    batch: ppo.Batch, policy: nn.Module, cfg: PPOStage, renderer: Renderer
+    batch: Batch, policy: nn.Module, cfg: PPOStage, renderer: Renderer
 ) -> list[dict[str, Any]]:
     """A rollout in plain values: text, score and per-token numbers of each row.
 
@@ -382,10 +383,11 @@ def describe(
                 "ref_logprobs": part.ref_logprobs,
                 "kl": part.kl,
                 "ratio": ratio,
-                "values": part.old_values,
                 "advantages": part.advantages,
                 "returns": part.returns,
             }
+            if part.old_values is not None:
+                per_token["values"] = part.old_values
             rows.append(
                 {
                     "prompt": renderer.decode(part.prompts[i][part.prompt_mask[i]].tolist()),

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import engine, losses, metrics, models, ptx, returns
+from rlhf.batch import Batch, Judged, of_all_ranks
 from rlhf.config import EngineConfig, PPOConfig, PPOStage, SamplingConfig
 from rlhf.controllers import AdaptiveKL, FixedKL
 from rlhf.data import Row
@@ -32,69 +33,6 @@ from rlhf.rewards import Rewards, Verdict, last_turn
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, mix, restrict
 from rlhf.text import Renderer
-
-
-@dataclass
-class Batch:
-    """One rollout on its way through a step. Masks: True counts; 0 on padding.
-
-    Attributes:
-        prompts, prompt_mask: [B, P], padded on the left.
-        responses, response_mask: [B, R], padded on the right.
-        old_logprobs: [B, R] nats, of the sampled tokens when they were sampled.
-        ended: [B] bool, ended by EOS.
-        floors: [B, R] nats, what top-k and top-p ruled out; see `rollout.restrict`.
-        ref_logprobs: [B, R] nats, under the frozen reference, over all tokens.
-        old_values: [B, R] the critic's estimate before each token is emitted.
-        scores: [B] what the answers are worth, penalties included.
-        kl: [B, R] nats, per-token k1 estimate of KL(policy, reference).
-        advantages, returns: [B, R].
-    """
-
-    prompts: Tensor
-    prompt_mask: Tensor
-    responses: Tensor
-    response_mask: Tensor
-    old_logprobs: Tensor
-    ended: Tensor
-    floors: Tensor
-    ref_logprobs: Tensor
-    old_values: Tensor
-    scores: Tensor
-    kl: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    @property
-    def ids(self) -> Tensor:
-        """[B, T] prompt and response."""
-        return torch.cat([self.prompts, self.responses], dim=1)
-
-    @property
-    def mask(self) -> Tensor:
-        """[B, T] bool, True on real tokens."""
-        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
-
-    def __len__(self) -> int:
-        return self.prompts.shape[0]
-
-    def rows(self, index: Tensor | slice) -> Batch:
-        """Some rows, without columns that are padding in all of them."""
-        part = replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
-        first = int(part.prompt_mask.any(0).long().argmax())
-        width = int(part.response_mask.any(0).sum())
-        for f in fields(part):
-            tensor = getattr(part, f.name)
-            if f.name.startswith("prompt"):
-                setattr(part, f.name, tensor[:, first:])
-            elif tensor.dim() == 2:
-                setattr(part, f.name, tensor[:, :width])
-        return part
-
-    def micro(self, size: int) -> Iterator[Batch]:
-        """Consecutive parts of `size` rows."""
-        for start in range(0, len(self), size):
-            yield self.rows(slice(start, start + size))
 
 
 def engines(
@@ -242,7 +180,7 @@ def judge(
     *,
     bias: float = 0.0,
     scale: float = 1.0,
-) -> Batch:
+) -> Judged:
     """What reference and critic say of a rollout, beside its scores.
 
     KL compares policy and reference over all tokens, whatever top-k or top-p rules out: over the
@@ -259,29 +197,13 @@ def judge(
         cfg: the stage's settings.
         bias, scale: of the scores, as `standard_scores` finds them.
     """
-    like = torch.zeros_like(rollout.logprobs)
-    batch = Batch(
-        prompts=rollout.prompts,
-        prompt_mask=rollout.prompt_mask,
-        responses=rollout.responses,
-        response_mask=rollout.response_mask,
-        old_logprobs=rollout.logprobs,
-        ended=rollout.ended,
-        floors=rollout.floors,
-        ref_logprobs=like,
-        old_values=like.clone(),
-        scores=scores,
-        kl=like.clone(),
-        advantages=like.clone(),
-        returns=like.clone(),
-    )
     size = cfg.ppo.micro_batch_size
     parts = [
-        (slice(n, n + size), batch.rows(slice(n, n + size))) for n in range(0, len(batch), size)
+        (slice(n, n + size), rollout.rows(slice(n, n + size))) for n in range(0, len(rollout), size)
     ]
 
-    def per_token(measure: Callable[[Batch], Tensor]) -> Tensor:  # a role at a time: they may share
-        out = like.clone()
+    def per_token(measure: Callable[[Rollout], Tensor]) -> Tensor:  # by role: they may share
+        out = torch.zeros_like(rollout.old_logprobs)
         for rows, part in parts:
             found = measure(part)
             out[rows, : found.shape[1]] = found
@@ -290,26 +212,27 @@ def judge(
     def over_all_tokens(model: nn.Module) -> Tensor:
         return per_token(partial(logprobs, model, cfg=cfg.sampling, restricted=False))
 
-    batch.ref_logprobs = over_all_tokens(roles.reference)
+    ref_logprobs = over_all_tokens(roles.reference)
     # What the sampler noted is of other tokens where top-k or top-p ruled some out.
-    own = over_all_tokens(roles.policy) if cfg.sampling.truncates else batch.old_logprobs
-    kl = losses.kl_estimate(own, batch.ref_logprobs, estimator="k1")
-    batch.kl = torch.where(batch.response_mask, kl, 0.0)
-    if roles.critic is not None:
-        batch.old_values = per_token(partial(values, roles.critic))
-    batch.scores = returns.shape_scores(
-        batch.scores, bias=bias, scale=scale, clip=cfg.ppo.score_clip
-    )
-    penalised = batch.scores - cfg.ppo.missing_eos_penalty
-    batch.scores = torch.where(batch.ended, batch.scores, penalised)
+    own = over_all_tokens(roles.policy) if cfg.sampling.truncates else rollout.old_logprobs
+    kl = losses.kl_estimate(own, ref_logprobs, estimator="k1")
+    old_values = None if roles.critic is None else per_token(partial(values, roles.critic))
+    scores = returns.shape_scores(scores, bias=bias, scale=scale, clip=cfg.ppo.score_clip)
+    scores = torch.where(rollout.ended, scores, scores - cfg.ppo.missing_eos_penalty)
     if cfg.ppo.overlong_buffer:
-        batch.scores += returns.overlong_penalty(
-            batch.response_mask.sum(1).to(batch.scores.dtype),
+        scores = scores + returns.overlong_penalty(
+            rollout.response_mask.sum(1).to(scores.dtype),
             limit=cfg.sampling.max_new_tokens,
             buffer=cfg.ppo.overlong_buffer,
             penalty=cfg.ppo.overlong_penalty,
         )
-    return batch
+    return Judged(
+        **rollout.tensors(),
+        scores=scores,
+        ref_logprobs=ref_logprobs,
+        kl=torch.where(rollout.response_mask, kl, 0.0),
+        old_values=old_values,
+    )
 
 
 def standard_scores(scores: list[float], cfg: PPOConfig) -> dict[str, float]:
@@ -323,7 +246,7 @@ def standard_scores(scores: list[float], cfg: PPOConfig) -> dict[str, float]:
 
 
 def logprobs(
-    model: nn.Module, batch: Batch, cfg: SamplingConfig, *, restricted: bool = True
+    model: nn.Module, batch: Rollout, cfg: SamplingConfig, *, restricted: bool = True
 ) -> Tensor:
     """[B, R] nats, of each response token; 0 on padding.
 
@@ -337,13 +260,13 @@ def logprobs(
     return torch.where(batch.response_mask, out, 0.0)
 
 
-def temperate_logits(model: nn.Module, batch: Batch, cfg: SamplingConfig) -> Tensor:
+def temperate_logits(model: nn.Module, batch: Rollout, cfg: SamplingConfig) -> Tensor:
     """[B, R, V], of all tokens, temperature applied."""
     logits = models.response_logits(model, batch.ids, batch.mask, batch.responses.shape[1])
     return logits / cfg.temperature
 
 
-def values(critic: nn.Module, batch: Batch) -> Tensor:
+def values(critic: nn.Module, batch: Rollout) -> Tensor:
     """[B, R], the critic's estimate before each response token is emitted; 0 on padding."""
     before = models.token_values(critic, batch.ids, batch.mask)[:, batch.prompts.shape[1] - 1 : -1]
     return torch.where(batch.response_mask, before, 0.0)
@@ -353,7 +276,7 @@ def values(critic: nn.Module, batch: Batch) -> Tensor:
 
 
 def estimate_advantages(
-    batch: Batch, cfg: PPOStage, *, kl_coef: float
+    batch: Judged, cfg: PPOStage, *, kl_coef: float
 ) -> tuple[Batch, dict[str, float]]:
     """Per-token rewards, then advantages by the algorithm, then whitening over all processes.
 
@@ -381,13 +304,15 @@ def estimate_advantages(
     elif algorithm.name == "reinforce_pp":
         advantages = targets = returns.reinforce_pp(rewards, mask, gamma=cfg.ppo.gamma)
     else:
+        assert batch.old_values is not None
         advantages, targets = returns.gae(
             rewards, batch.old_values, mask, gamma=cfg.ppo.gamma, lam=cfg.ppo.lam
         )
-    stats = _describe(batch, targets, kl_coef, critic=algorithm.critic)
+    stats = _describe(batch, targets, kl_coef)
     if cfg.ppo.whiten_advantages and not algorithm.groups:  # groups have a scale of their own
         advantages = _whiten(advantages, mask, subtract_mean=True)
-    return replace(batch, advantages=advantages, returns=targets), stats
+    known = {f.name: getattr(batch, f.name) for f in fields(Judged)}
+    return Batch(**known, advantages=advantages, returns=targets), stats
 
 
 def _whiten(x: Tensor, mask: Tensor, *, subtract_mean: bool) -> Tensor:
@@ -398,7 +323,7 @@ def _whiten(x: Tensor, mask: Tensor, *, subtract_mean: bool) -> Tensor:
     return masked_whiten(x, mask, subtract_mean=subtract_mean, mean=mean, var=var)
 
 
-def _describe(batch: Batch, targets: Tensor, kl_coef: float, *, critic: bool) -> dict[str, float]:
+def _describe(batch: Judged, targets: Tensor, kl_coef: float) -> dict[str, float]:
     """The objective's numbers over all processes; see `metrics.METRICS` for each."""
     mask = batch.response_mask
     sequences = engine.sum_over_ranks(mask.new_tensor(len(batch), dtype=torch.double))
@@ -413,11 +338,12 @@ def _describe(batch: Batch, targets: Tensor, kl_coef: float, *, critic: bool) ->
     kl, score = mean_row(batch.kl.sum(1)), mean_row(batch.scores)
     score_std = mean_row((batch.scores.double() - score) ** 2) ** 0.5
     largest = float(batch.kl.abs().max())
-    mean_return = mean_token(targets)
-    unexplained = targets - batch.old_values
-    mean_unexplained = mean_token(unexplained)
-    variance = mean_token((targets - mean_return) ** 2)
-    explained = 1.0 - mean_token((unexplained - mean_unexplained) ** 2) / max(variance, 1e-12)
+    critic = {}
+    if batch.old_values is not None:
+        unexplained, mean_return = targets - batch.old_values, mean_token(targets)
+        variance = mean_token((targets - mean_return) ** 2)
+        left = mean_token((unexplained - mean_token(unexplained)) ** 2)
+        critic["val/explained_variance"] = 1.0 - left / max(variance, 1e-12)
     return {
         "objective/kl": kl,
         "objective/kl_max": float(torch.tensor(engine.gather_objects(largest)).max()),  # nan stays
@@ -427,49 +353,20 @@ def _describe(batch: Batch, targets: Tensor, kl_coef: float, *, critic: bool) ->
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": score - kl_coef * kl,
         "objective/entropy": -mean_token(batch.old_logprobs),
-        **({"val/explained_variance": explained} if critic else {}),
+        **critic,
         "response/length": float(tokens / sequences),
         "response/eos_rate": mean_row(batch.ended),
         "response/distinct": _distinct_bigrams(batch),
     }
 
 
-def _distinct_bigrams(batch: Batch) -> float:
+def _distinct_bigrams(batch: Judged) -> float:
     own = [r[m].tolist() for r, m in zip(batch.responses, batch.response_mask, strict=True)]
     answers = [ids for part in engine.gather_objects(own) for ids in part]
     return distinct(answers) if any(len(ids) > 1 for ids in answers) else 0.0
 
 
 # ---------------------------------------------------------------- update
-
-
-def of_all_ranks(batch: Batch, *, per_prompt: int) -> Batch:
-    """The rows of every process in the order of one process, so that minibatches are the same.
-
-    Args:
-        batch: this process's part; see `rollout.share`.
-        per_prompt: consecutive rows that answer one prompt.
-    """
-    if world_size() == 1:
-        return batch
-    own = {f.name: getattr(batch, f.name).cpu() for f in fields(batch)}
-    parts = engine.gather_objects(own)
-    out = {}
-    for f in fields(batch):
-        tensors = [part[f.name] for part in parts]
-        if tensors[0].dim() == 2:
-            width = max(tensor.shape[1] for tensor in tensors)
-            tensors = [_widened(f.name, tensor, width) for tensor in tensors]
-        turns = [tensor.unflatten(0, (-1, per_prompt)) for tensor in tensors]  # prompts by turns
-        out[f.name] = torch.stack(turns, dim=1).flatten(0, 2).to(batch.prompts.device)
-    return Batch(**out)
-
-
-def _widened(name: str, tensor: Tensor, width: int) -> Tensor:
-    """With more padding, on the side where the field has it; masks are 0 there."""
-    more = width - tensor.shape[1]
-    sides = (more, 0) if name.startswith("prompt") else (0, more)
-    return nn.functional.pad(tensor, sides, value=-torch.inf if name == "floors" else 0)
 
 
 def update(
@@ -596,6 +493,7 @@ def _train_policy(
 
 def _train_critic(critic: Engine, micro: Batch, count: Tensor, cfg: PPOStage) -> dict[str, Tensor]:
     """The same for the critic."""
+    assert micro.old_values is not None
     loss, stats = losses.ppo_value_loss(
         values(critic.module, micro),
         micro.old_values,

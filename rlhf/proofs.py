@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import engine, models
+from rlhf.batch import Judged
 from rlhf.config import PPOStage
 from rlhf.data import Row
 from rlhf.errors import ConfigError, RegistryError, StoppedByGuard
-from rlhf.ppo import Batch, logprobs
+from rlhf.ppo import logprobs
 from rlhf.roles import Roles
 from rlhf.text import Renderer
 
@@ -77,7 +78,7 @@ def _short(text: str) -> str:
 
 
 @torch.no_grad()
-def start(roles: Roles, batch: Batch, cfg: PPOStage) -> dict[str, float]:
+def start(roles: Roles, batch: Judged, cfg: PPOStage) -> dict[str, float]:
     """Before the first update: the policy is the reference, and training sees what was sampled.
 
     Policy and reference are held against each other in a training pass at other padding and
@@ -138,7 +139,7 @@ class Frozen:
     """
 
     def __init__(
-        self, roles: Roles, reward_models: Mapping[str, nn.Module], batch: Batch, cfg: PPOStage
+        self, roles: Roles, reward_models: Mapping[str, nn.Module], batch: Judged, cfg: PPOStage
     ) -> None:
         self._roles, self._reward_models = roles, reward_models
         self._probe, self._cfg = next(batch.micro(cfg.ppo.micro_batch_size)), cfg

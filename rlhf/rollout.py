@@ -5,8 +5,8 @@ neither on its neighbours in the batch nor on padding nor on the number of proce
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,18 @@ from rlhf.text import Renderer
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rollout:
     """Prompts and what was sampled after them. Masks: True counts.
+
+    `batch.Judged` and `batch.Batch` add to it what is found out later.
 
     Attributes:
         prompts: [B, P] token ids, padded on the left.
         prompt_mask: [B, P] bool.
         responses: [B, R] token ids, padded on the right; EOS included where there is one.
         response_mask: [B, R] bool.
-        logprobs: [B, R] nats, of the distribution that was sampled; 0 on padding.
+        old_logprobs: [B, R] nats, of the distribution that was sampled; 0 on padding.
         ended: [B] bool, the answer ended by EOS rather than at the limit.
         floors: [B, R] nats; tokens less likely than this were ruled out by top-k or top-p, see
             `restrict`; -inf where none was, and on padding.
@@ -39,7 +41,7 @@ class Rollout:
     prompt_mask: Tensor
     responses: Tensor
     response_mask: Tensor
-    logprobs: Tensor
+    old_logprobs: Tensor
     ended: Tensor
     floors: Tensor
 
@@ -52,6 +54,31 @@ class Rollout:
     def mask(self) -> Tensor:
         """[B, T] bool, True on real tokens."""
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    def __len__(self) -> int:
+        return self.prompts.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every field that has a tensor, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def rows(self, index: Tensor | slice) -> Self:
+        """Some rows, without columns that are padding in all of them."""
+        part = {name: tensor[index] for name, tensor in self.tensors().items()}
+        first = int(part["prompt_mask"].any(0).long().argmax())
+        width = int(part["response_mask"].any(0).sum())
+        for name, tensor in part.items():
+            if name.startswith("prompt"):
+                part[name] = tensor[:, first:]
+            elif tensor.dim() == 2:
+                part[name] = tensor[:, :width]
+        return replace(self, **part)
+
+    def micro(self, size: int) -> Iterator[Self]:
+        """Consecutive parts of `size` rows."""
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
 
     def answer_ids(self) -> list[list[int]]:
         """The sampled token ids of each row, without padding."""
@@ -178,7 +205,7 @@ def _generate(
         prompt_mask=mask,
         responses=responses.masked_fill(~response_mask, pad_id),
         response_mask=response_mask,
-        logprobs=torch.stack(sampler.logprobs, dim=1).masked_fill(~response_mask, 0.0),
+        old_logprobs=torch.stack(sampler.logprobs, dim=1).masked_fill(~response_mask, 0.0),
         ended=is_eos.any(1),
         floors=torch.stack(sampler.floors, dim=1).masked_fill(~response_mask, -torch.inf),
     )
@@ -314,7 +341,7 @@ def _stack(parts: list[Rollout], pad_id: int) -> Rollout:
         prompt_mask=join("prompt_mask", prompt_width, True, False),
         responses=join("responses", width, False, pad_id),
         response_mask=join("response_mask", width, False, False),
-        logprobs=join("logprobs", width, False, 0.0),
+        old_logprobs=join("old_logprobs", width, False, 0.0),
         ended=torch.cat([part.ended for part in parts]),
         floors=join("floors", width, False, -torch.inf),
     )

@@ -98,8 +98,8 @@ def moved_off(roles, cfg):
     each = cfg.sampling.per_prompt
     prompts = [PROMPTS[row // each] for row in range(8)]
     rollout = drawn(roles.policy, cfg, prompts=prompts, seed=SEED)
-    moved = rollout.logprobs.double() + 0.3 * randn(rollout.logprobs)
-    rollout = replace(rollout, logprobs=torch.where(rollout.response_mask, moved, 0.0))
+    moved = rollout.old_logprobs.double() + 0.3 * randn(rollout.old_logprobs)
+    rollout = replace(rollout, old_logprobs=torch.where(rollout.response_mask, moved, 0.0))
     return Case(roles, rollout, 0.4 * randn(moved))
 
 
@@ -209,7 +209,7 @@ def answers(case):
     rollout, found = case.rollout, []
     for row in range(8):
         mask = rollout.response_mask[row]
-        per_token = (rollout.responses, rollout.logprobs, case.value_shift, rollout.floors)
+        per_token = (rollout.responses, rollout.old_logprobs, case.value_shift, rollout.floors)
         prompt = rollout.prompts[row][rollout.prompt_mask[row]].tolist()
         found.append(Answer(prompt, *(tensor[row][mask].tolist() for tensor in per_token)))
     return found
@@ -581,7 +581,7 @@ def padded(case, left, right):
     for name, mask in (("prompts", "prompt_mask"), ("responses", "response_mask")):
         other = torch.randint(3, 24, wide[name].shape, generator=generator)
         wide[name] = torch.where(wide[mask], wide[name], other)
-    wide["logprobs"] = torch.where(wide["response_mask"], wide["logprobs"], -7.0)
+    wide["old_logprobs"] = torch.where(wide["response_mask"], wide["old_logprobs"], -7.0)
     return Case(case.roles, replace(rollout, **wide), pad(case.value_shift, (0, right)))
 
 

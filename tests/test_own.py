@@ -161,7 +161,7 @@ def test_what_is_sampled_is_what_is_trained_on(causal, method):
     logits = models.response_logits(model, batch.ids, batch.mask, batch.responses.shape[1])
     logprobs = logits.log_softmax(-1).gather(-1, batch.responses[..., None]).squeeze(-1)
     kept = batch.response_mask
-    assert_close(logprobs[kept], batch.logprobs[kept], **CLOSE)
+    assert_close(logprobs[kept], batch.old_logprobs[kept], **CLOSE)
 
 
 @every_method

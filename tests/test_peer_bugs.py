@@ -216,7 +216,7 @@ def test_the_tokens_that_were_drawn_are_trained_on(tiny_model, tiny_tokenizer):
         with torch.no_grad():
             logprobs = policy(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         now = logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-        assert_close(now, found.logprobs[row][found.response_mask[row]], **CLOSE)
+        assert_close(now, found.old_logprobs[row][found.response_mask[row]], **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from rlhf import engine, models, ppo
+from rlhf.batch import Batch
 from rlhf.config import EngineConfig, PPOConfig, PPOStage, SamplingConfig
 from rlhf.errors import StoppedByGuard
 from rlhf.methods.settings import FullConfig, LoraConfig
@@ -196,7 +197,7 @@ def test_judge_is_each_row_alone(make_roles, micro, temperature):
         logits = roles.reference(ids).logits[0, states] / temperature
         ref = torch.log_softmax(logits, -1).gather(1, ids[0, -n:, None]).squeeze(1)
         assert_close(batch.ref_logprobs[row, :n], ref, **CLOSE)
-        assert_close(batch.kl[row, :n], found.logprobs[row, :n] - ref, **CLOSE)
+        assert_close(batch.kl[row, :n], found.old_logprobs[row, :n] - ref, **CLOSE)
         values = (critic.score(critic.model(ids).last_hidden_state))[0, states, 0]
         assert_close(batch.old_values[row, :n], values, **CLOSE)
         score = reward_model.score(reward_model.model(ids).last_hidden_state)[0, -1, 0]
@@ -237,7 +238,7 @@ def noisy(batch, seed=0):
     return replace(
         batch,
         kl=torch.where(mask, 0.2 * random(batch.kl), 0.0),
-        old_values=torch.where(mask, random(batch.kl), 0.0),
+        old_values=None if batch.old_values is None else torch.where(mask, random(batch.kl), 0.0),
         scores=1 + random(batch.scores),
     )
 
@@ -493,7 +494,8 @@ def test_nan_on_padding_stops_nothing(make_roles):
     batch = ready(roles, cfg)
     assert not bool(batch.response_mask.all())
     for name in ("advantages", "returns", "old_logprobs", "old_values"):
-        setattr(batch, name, getattr(batch, name).masked_fill(~batch.response_mask, float("nan")))
+        spoilt = getattr(batch, name).masked_fill(~batch.response_mask, float("nan"))
+        batch = replace(batch, **{name: spoilt})
     stats, policy, critic = updated(roles, batch, cfg)
     assert all(bool(tensor.isfinite().all()) for tensor in (policy | critic).values())
     assert stats["policy/ratio"] == pytest.approx(1, abs=1e-5)
@@ -593,7 +595,7 @@ def worker(folder):
 
     engine.start(0)
     rank, cfg = int(os.environ["RANK"]), two_process_stage()
-    batch = ppo.Batch(**load_file(f"{folder}/batch.safetensors")).rows(torch.arange(rank, 8, 2))
+    batch = Batch(**load_file(f"{folder}/batch.safetensors")).rows(torch.arange(rank, 8, 2))
     policy = AutoModelForCausalLM.from_pretrained(f"{folder}/policy")
     critic = AutoModelForSequenceClassification.from_pretrained(f"{folder}/critic")
     batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_fresh_policy_passes_where_tokens_are_ruled_out(make_roles, settings):
     proofs.start(roles, batch, cfg)
     with pytest.raises(StoppedByGuard, match="from what was sampled by a ratio"):
         proofs.start(roles, batch, stage())  # as if all tokens had been possible
-    batch.floors += 1.0
+    batch = replace(batch, floors=batch.floors + 1.0)
     with pytest.raises(StoppedByGuard, match="from what was sampled by a ratio"):
         proofs.start(roles, batch, cfg)
 

@@ -36,7 +36,7 @@ def draw(policy, prompts=PROMPTS, *, keys=KEYS, seed=3, batch_size=64, new=12, *
 
 
 def logprobs_of(drawn: Rollout) -> list[torch.Tensor]:
-    return [row[mask] for row, mask in zip(drawn.logprobs, drawn.response_mask, strict=True)]
+    return [row[mask] for row, mask in zip(drawn.old_logprobs, drawn.response_mask, strict=True)]
 
 
 def same(one: Rollout, other: Rollout, order=None) -> None:
@@ -241,7 +241,7 @@ def test_the_answer_ends_with_its_eos(policy, batch_size):
     drawn = draw(policy, prompts, keys=range(24), batch_size=batch_size)
     assert 0 < int(drawn.ended.sum()) < 24
     B, R = drawn.responses.shape
-    assert drawn.response_mask.shape == drawn.logprobs.shape == (B, R)
+    assert drawn.response_mask.shape == drawn.old_logprobs.shape == (B, R)
     assert R <= 12
     for row in range(B):
         n = int(drawn.response_mask[row].sum())
@@ -251,8 +251,8 @@ def test_the_answer_ends_with_its_eos(policy, batch_size):
         assert bool(drawn.ended[row]) == (answer[-1] == EOS)
         assert drawn.ended[row] or n == 12
         assert drawn.responses[row, n:].tolist() == [PAD] * (R - n)
-        assert drawn.logprobs[row, n:].tolist() == [0.0] * (R - n)
-        assert bool((drawn.logprobs[row, :n] < 0).all())  # of the EOS too
+        assert drawn.old_logprobs[row, n:].tolist() == [0.0] * (R - n)
+        assert bool((drawn.old_logprobs[row, :n] < 0).all())  # of the EOS too
         assert drawn.prompts[row, drawn.prompt_mask[row]].tolist() == prompts[row]
         assert drawn.prompt_mask[row, -1]  # padded on the left
 
@@ -291,7 +291,7 @@ def test_no_dropout_and_no_gradient_in_sampling(tiny_model):
     expected = draw(policy).answer_ids()
     drawn = draw(policy.train())
     assert drawn.answer_ids() == expected
-    assert not drawn.logprobs.requires_grad
+    assert not drawn.old_logprobs.requires_grad
 
 
 NASTY = {
@@ -391,7 +391,7 @@ def test_only_what_is_kept_is_drawn_and_as_often_as_it_should(policy, settings):
     found, freedom = chi_square(counts[order], inside[order].double())
     assert found < bound(freedom)
     expected = inside.log()[drawn.responses[:, 0]]
-    assert_close(drawn.logprobs[:, 0], expected.float(), rtol=0, atol=TINY)
+    assert_close(drawn.old_logprobs[:, 0], expected.float(), rtol=0, atol=TINY)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_a_training_pass_gives_the_logprobs_that_were_sampled(policy, settings):
         tokens = torch.tensor([answer])
         restricted = rollout.restrict(logits, tokens, floors).log_softmax(-1)
         now = restricted.gather(-1, tokens[..., None])[0, :, 0]
-        assert_close(now, drawn.logprobs[row, : len(answer)], rtol=0, atol=TINY)
+        assert_close(now, drawn.old_logprobs[row, : len(answer)], rtol=0, atol=TINY)
         full = logits.log_softmax(-1).gather(-1, tokens[..., None])[0, :, 0]
         assert bool((now > full + 1e-3).any()), "nothing was ruled out"
 

@@ -370,7 +370,7 @@ def test_the_sampler_and_the_update_see_one_distribution(method):
     with torch.no_grad():
         logits = models.response_logits(model, found.ids, found.mask, found.responses.shape[1])
     expected = logits.log_softmax(-1).gather(2, found.responses[..., None])[..., 0]
-    assert_close(found.logprobs, expected.masked_fill(~found.response_mask, 0), **CLOSE)
+    assert_close(found.old_logprobs, expected.masked_fill(~found.response_mask, 0), **CLOSE)
     assert model.get_base_model().generation_config.repetition_penalty == 9.0
 
 
