@@ -74,8 +74,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
     torch.set_num_threads(1)
     from rlhf import evaluate, ppo
-    from rlhf.keeper import Keeper
-    from rlhf.session import Session
+    from rlhf.checkpointing import Checkpoints
+    from rlhf.stage_run import StageRun
 
     gold = gold_of(args.anchor)
     clock = Clock()
@@ -88,18 +88,18 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             out.write(json.dumps(rounded(row)) + "\n")
             out.flush()
 
-        def timed(self: Session, name: str) -> Any:
+        def timed(self: StageRun, name: str) -> Any:
             clock.start()
             return real["timed"](self, name)
 
-        def score(drawn: Any, reward: Any, rows: Any, renderer: Any, cfg: Any) -> Any:
-            verdict, spread = real["score"](drawn, reward, rows, renderer, cfg)
+        def score(drawn: Any, reward: Any, rows: Any, renderer: Any, **sizes: Any) -> Any:
+            verdict, means = real["score"](drawn, reward, rows, renderer, **sizes)
             live.update(drawn=drawn, scores=verdict.scores, renderer=renderer)
-            return verdict, spread
+            return verdict, means
 
-        def answers(self: evaluate.HeldOut, policy: Any, roles: Any) -> evaluate.Answers:
+        def answers(self: evaluate.HeldOut, policy: Any) -> evaluate.Answers:
             with clock.off():
-                found = real["answers"](self, policy, roles)
+                found = real["answers"](self, policy)
                 live["eval"] = describe(found)
             if not clock.started:
                 given = {name: getattr(args, name) for name in ("seed", "lr", "updates", "rm")}
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
                 write({"update": 0, "episodes": 0, "cpu_s": 0.0, "eval": live.pop("eval")} | about)
             return found
 
-        def log(self: Session, tracker: Any, stats: dict[str, float], **more: Any) -> None:
+        def log(self: StageRun, stats: dict[str, float], **more: Any) -> None:
             seconds = clock.seconds()
             with clock.off():
                 drawn, scores = live["drawn"], live["scores"]
@@ -131,15 +131,15 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
                 if "eval" in live:
                     row["eval"] = live.pop("eval")
                 write(row)
-            real["log"](self, tracker, stats, **more)
+            real["log"](self, stats, **more)
 
-        def save(self: Keeper, write: Any) -> None:
+        def save(self: Checkpoints) -> None:
             with clock.off():
-                real["save"](self, write)
+                real["save"](self)
 
         real: dict[str, Callable[..., Any]] = {}
         for owner, hook in (
-            *((Session, timed), (Session, log), (Keeper, save)),
+            *((StageRun, timed), (StageRun, log), (Checkpoints, save)),
             *((ppo, score), (evaluate.HeldOut, answers)),
         ):
             real[hook.__name__] = getattr(owner, hook.__name__)

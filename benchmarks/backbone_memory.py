@@ -40,8 +40,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from rlhf import loading, models, ppo, roles, rollout
+from rlhf.batch import Judged
 from rlhf.config import PROJECT
-from rlhf.session import Session
+from rlhf.stage_run import StageRun
 
 TINY = PROJECT / "data" / "tiny"
 SIZES = {  # hidden, intermediate, layers, heads
@@ -218,8 +219,8 @@ def watch(to: Path, command: list[str]) -> None:
 
         return call
 
-    def judging(judge: Callable[..., ppo.Batch]) -> Callable[..., ppo.Batch]:
-        def call(*arguments: Any, **named: Any) -> ppo.Batch:
+    def judging(judge: Callable[..., Judged]) -> Callable[..., Judged]:
+        def call(*arguments: Any, **named: Any) -> Judged:
             batch = judge(*arguments, **named)
             step = len(said["starts"])
             for name in ("responses", *COMPARED):
@@ -236,9 +237,9 @@ def watch(to: Path, command: list[str]) -> None:
         return call
 
     roles.load_roles = loading(roles.load_roles)
-    rollout.draw = drawing(rollout.draw)
+    rollout.Sampler.rollout = drawing(rollout.Sampler.rollout)  # type: ignore[method-assign]
     ppo.judge = judging(ppo.judge)
-    Session.log = ending(Session.log)  # type: ignore[method-assign]
+    StageRun.log = ending(StageRun.log)  # type: ignore[method-assign]
     sys.argv = command
     try:
         runpy.run_path(command[0], run_name="__main__")

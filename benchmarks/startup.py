@@ -50,7 +50,7 @@ def begin(stage: str, overrides: list[str]) -> None:
     torch.set_num_threads(1)
     imports, imports_wall = spent(), time.perf_counter() - start
     from rlhf import supervised
-    from rlhf.session import Session
+    from rlhf.stage_run import StageRun
 
     def reached(*args: Any, **kwargs: Any) -> None:
         row = {"imports": imports, "start": spent() - imports}
@@ -59,7 +59,7 @@ def begin(stage: str, overrides: list[str]) -> None:
         os._exit(0)
 
     supervised._Report.on_step_begin = reached  # type: ignore[method-assign]
-    Session.timed = reached  # type: ignore[method-assign, assignment]
+    StageRun.timed = reached  # type: ignore[method-assign, assignment]
     sys.argv = [f"stages/{stage}.py", *overrides]
     runpy.run_path(str(ROOT / "stages" / f"{stage}.py"), run_name="__main__")
 

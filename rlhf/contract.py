@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf import parts
-from rlhf.config import EngineConfig, PPOStage, RMStage, TrainConfig
+from rlhf.config import CardConfig, EngineConfig, TrainConfig
 from rlhf.data import Split
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.methods.settings import MethodConfig
@@ -58,31 +59,66 @@ def parent(registry: Registry, setting: str, reference: str) -> Published:
     return run
 
 
-def ppo_parents(registry: Registry, cfg: PPOStage) -> tuple[Published, list[Published]]:
+@dataclass(frozen=True)
+class Reading:
+    """What PPO asks of whoever reads its policy's answers.
+
+    Attributes:
+        max_prompt_tokens: `data.max_prompt_tokens`.
+        max_new_tokens: `sampling.max_new_tokens`.
+        foreign: `allow_foreign_rm`.
+    """
+
+    max_prompt_tokens: int
+    max_new_tokens: int
+    foreign: bool = False
+
+
+def ppo_parents(
+    registry: Registry, policy_from: str, reward_models: Sequence[str], reading: Reading
+) -> tuple[Published, list[Published]]:
     """The SFT run and the reward models of PPO, which fit together.
 
     Raises:
-        ConfigError, RegistryError: they do not, or cannot share a backbone where that is asked for.
+        ConfigError, RegistryError: they do not.
     """
-    sft = parent(registry, "policy_from", cfg.policy_from)
-    rms = [parent(registry, "rm_from", name) for name in cfg.reward.references]
+    sft = parent(registry, "policy_from", policy_from)
+    rms = [parent(registry, "rm_from", name) for name in reward_models]
     for rm in rms:
-        check_pair(sft, rm, cfg)
-    check_method(sft, cfg.method)
-    _check_beginning(sft, rms, cfg)
-    check_sharing(sft, rms[0] if rms else None, cfg.method, cfg.engine, cfg.share_backbone)
+        check_pair(sft, rm, reading)
     return sft, rms
 
 
+def check_beginning(
+    sft: Published,
+    rms: Sequence[Published],
+    method: MethodConfig,
+    engine: EngineConfig,
+    *,
+    share_backbone: bool | None,
+) -> None:
+    """PPO can go on from these runs with this method.
+
+    Raises:
+        ConfigError: it cannot, or the roles cannot share a backbone where that is asked for.
+    """
+    check_method(sft, method)
+    _check_neutral(sft, rms, method)
+    check_sharing(sft, rms[0] if rms else None, method, engine, share_backbone)
+
+
 def watcher(
-    registry: Registry, cfg: PPOStage, sft: Published, rms: Sequence[Published]
+    registry: Registry,
+    name: str | None,
+    sft: Published,
+    rms: Sequence[Published],
+    reading: Reading,
 ) -> list[Published]:
     """The reward model that only watches (`evaluation.second_rm`), as a list of one or none.
 
     Raises:
         ConfigError, RegistryError: it does not fit, or it is what PPO optimises.
     """
-    name = cfg.evaluation.second_rm
     if name is None:
         return []
     second = parent(registry, "evaluation.second_rm", name)
@@ -92,22 +128,27 @@ def watcher(
             "it is exploited. Train another one (`make rm RM_ARGS='run_name=second seed=1'`), or "
             "leave evaluation.second_rm out."
         )
-    check_pair(sft, second, cfg)
+    check_pair(sft, second, reading)
     return [second]
 
 
-def siblings(registry: Registry, sft: Published, cfg: RMStage) -> list[Published]:
+def siblings(
+    registry: Registry, sft: Published, cfg: CardConfig, *, run_name: str
+) -> list[Published]:
     """The reward models of `card.agree_with`: trained from the same SFT run, so that they read the
     same text.
+
+    Args:
+        run_name: of the reward model that is being made.
 
     Raises:
         ConfigError: one of another SFT run, or the very run that is being made.
         RegistryError: missing, unfinished or damaged.
     """
     found = []
-    for name in cfg.card.agree_with if cfg.card.enabled else ():
+    for name in cfg.agree_with if cfg.enabled else ():
         run = parent(registry, "card.agree_with", name)
-        if run.stage == cfg.stage and run.run_name == cfg.run_name:
+        if run.stage == "rm" and run.run_name == run_name:
             raise ConfigError(
                 f"card.agree_with: {name} is the run that is being made. Name other ones, such as "
                 "those of other seeds."
@@ -121,15 +162,17 @@ def siblings(registry: Registry, sft: Published, cfg: RMStage) -> list[Published
     return found
 
 
-def sibling_notes(registry: Registry, sft: Published, cfg: RMStage) -> list[str]:
+def sibling_notes(
+    registry: Registry, sft: Published, cfg: CardConfig, *, run_name: str
+) -> list[str]:
     """A hint where other reward models of this SFT run could be compared with, and are not."""
-    if not cfg.card.enabled or cfg.card.agree_with:
+    if not cfg.enabled or cfg.agree_with:
         return []
     there = [
         run.reference
         for run in registry.runs("rm")
         if run.manifest
-        and run.run_name != cfg.run_name
+        and run.run_name != run_name
         and sft.digest in (parent.digest for parent in run.manifest.parents)
     ]
     if not there:
@@ -186,17 +229,17 @@ def check_method(parent: Published, method: MethodConfig) -> None:
             )
 
 
-def _check_beginning(sft: Published, rms: Sequence[Published], cfg: PPOStage) -> None:
+def _check_neutral(sft: Published, rms: Sequence[Published], method: MethodConfig) -> None:
     """Policy and critic begin as the SFT model and the reward model."""
-    if METHODS[cfg.method.name].neutral:
+    if METHODS[method.name].neutral:
         return
     for run in (sft, *rms[:1]):
-        if run.manifest.method.name != cfg.method.name:
+        if run.manifest.method.name != method.name:
             raise ConfigError(
-                f"method={cfg.method.name} on {run.reference}, which was trained by method="
+                f"method={method.name} on {run.reference}, which was trained by method="
                 f"{run.manifest.method.name}: what it adds changes the model before anything is "
                 f"learnt, so PPO would not begin as {run.reference}. Use method=lora, or train "
-                f"{run.reference} by method={cfg.method.name} too."
+                f"{run.reference} by method={method.name} too."
             )
 
 
@@ -244,7 +287,7 @@ def is_adapter_on(sft: Published, rm: Published) -> bool:
     return _comes_from(rm, sft) and METHODS[rm.manifest.method.name].shares
 
 
-def check_pair(policy: Published, reward_model: Published, cfg: PPOStage) -> None:
+def check_pair(policy: Published, reward_model: Published, reading: Reading) -> None:
     """Refuse a reward model that does not read what the policy writes. Loads no weights.
 
     With allow_foreign_rm=true it may come from another SFT run and another base; tokenizer and
@@ -262,7 +305,7 @@ def check_pair(policy: Published, reward_model: Published, cfg: PPOStage) -> Non
         ("tokenizer", ours.tokenizer.tokenizer_hash, theirs.tokenizer.tokenizer_hash),
         ("template", ours.tokenizer.template_hash, theirs.tokenizer.template_hash),
     ]
-    if not cfg.allow_foreign_rm:
+    if not reading.foreign:
         compared.append((bases, ours.base.fingerprint, theirs.base.fingerprint))
     wrong = [f"{what}: {one} and {other}" for what, one, other in compared if one != other]
     if wrong:
@@ -271,9 +314,9 @@ def check_pair(policy: Published, reward_model: Published, cfg: PPOStage) -> Non
             f"{policy.reference} and {reward_model.reference} differ in:\n  {listed}\n"
             f"The scores would be of other text, or of another model's. {make}."
         )
-    if not cfg.allow_foreign_rm:
+    if not reading.foreign:
         _check_descent(policy, reward_model, make)
-    _check_limits(reward_model, cfg)
+    _check_limits(reward_model, reading)
 
 
 def reward_roles(
@@ -300,11 +343,11 @@ def _check_descent(policy: Published, reward_model: Published, make: str) -> Non
     )
 
 
-def _check_limits(reward_model: Published, cfg: PPOStage) -> None:
+def _check_limits(reward_model: Published, reading: Reading) -> None:
     trained: dict[str, Any] = reward_model.manifest.config
     for setting, asked, limit in (
-        ("data.max_prompt_tokens", cfg.data.max_prompt_tokens, "data.max_prompt_tokens"),
-        ("sampling.max_new_tokens", cfg.sampling.max_new_tokens, "data.max_response_tokens"),
+        ("data.max_prompt_tokens", reading.max_prompt_tokens, "data.max_prompt_tokens"),
+        ("sampling.max_new_tokens", reading.max_new_tokens, "data.max_response_tokens"),
     ):
         most = trained.get(limit)  # not known of a model made elsewhere
         if most is not None and asked > most:

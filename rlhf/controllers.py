@@ -1,15 +1,24 @@
-"""What decides the price of KL, `kl_coef`, from one PPO step to the next. No torch.
+"""KL-coefficient controllers: `kl_coef` from one PPO step to the next. No torch.
 
-Both kinds have `.coef`, `.update(kl, episodes)` after every step, and for checkpoints `.state()`
-and `.load(state)` in JSON values. Every process must give `update` the same numbers, those of all
-processes together, or their coefficients part.
+Both kinds have `.coef`, and `.update(kl, episodes)` after every step. Every process must give
+`update` the same numbers, those of all processes together, or their coefficients part.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rlhf.errors import ConfigError, StoppedByGuard
+from rlhf.state import read_state
+
+
+@dataclass
+class _State:
+    """The one number that moves; target and horizon are settings."""
+
+    coef: float
 
 
 class FixedKL:
@@ -23,11 +32,11 @@ class FixedKL:
     def update(self, kl: float, episodes: int) -> None:
         """Changes nothing."""
 
-    def state(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         return {"coef": self.coef}
 
-    def load(self, state: dict[str, float]) -> None:
-        self.coef = float(state["coef"])
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.coef = read_state(_State, state, self).coef
 
 
 class AdaptiveKL:
@@ -80,9 +89,8 @@ class AdaptiveKL:
         error = min(max((kl - self.target) / self.target, -0.2), 0.2)
         self.coef *= 1 + error * episodes / self.horizon
 
-    def state(self) -> dict[str, float]:
-        """The one number that moves; target and horizon are settings."""
+    def state_dict(self) -> dict[str, float]:
         return {"coef": self.coef}
 
-    def load(self, state: dict[str, float]) -> None:
-        self.coef = float(state["coef"])
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.coef = read_state(_State, state, self).coef

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import ColumnsConfig, DataConfig, PPOStage
+from rlhf.config import ColumnsConfig, DataConfig, PPOConfig
 from rlhf.errors import ConfigError, DataError
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
@@ -81,29 +81,33 @@ def load(stage: str, cfg: DataConfig) -> dict[str, Split]:
     return splits
 
 
-def demonstrations(cfg: PPOStage, parent: Mapping[str, Any]) -> dict[str, Split]:
+def demonstrations(
+    ppo: PPOConfig, cfg: DataConfig, parent: Mapping[str, Any], *, named: str
+) -> dict[str, Split]:
     """{"ptx": rows of SFT for PPO-ptx}; {} where `ppo.ptx_coef` is 0.
 
     Args:
-        cfg: the stage's settings; without `ppo.ptx_data` the rows that the SFT run was trained on.
+        ppo: the `ppo` settings; without `ptx_data` the rows that the SFT run was trained on.
+        cfg: the `data` settings of PPO.
         parent: the settings of the run that the policy comes from, flat.
+        named: that run's reference.
 
     Raises:
         ConfigError: no rows are named, and the parent names none.
         DataError: there are none at that path, or they cannot be used.
     """
-    if cfg.ppo.ptx_coef == 0:
+    if ppo.ptx_coef == 0:
         return {}
-    path, columns = cfg.ppo.ptx_data, cfg.data.columns
+    path, columns = ppo.ptx_data, cfg.columns
     if path is None and parent.get("stage") == "sft" and parent.get("data.path"):
         path = str(parent["data.path"])
         columns = columns_of(parent)
     if path is None:
         raise ConfigError(
-            f"ppo.ptx_coef={cfg.ppo.ptx_coef:g}: {cfg.policy_from} does not tell which rows it was "
+            f"ppo.ptx_coef={ppo.ptx_coef:g}: {named} does not tell which rows it was "
             "fine-tuned on. Name them: ppo.ptx_data=PATH."
         )
-    own = replace(cfg.data, path=path, columns=columns, max_rows=None)
+    own = replace(cfg, path=path, columns=columns, max_rows=None)
     try:
         split = load("sft", own)["train"]
     except DataError as error:

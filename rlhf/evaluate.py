@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rlhf import engine, models, overoptimisation
-from rlhf.config import SamplingConfig, StageConfig
+from rlhf.config import EvaluationConfig, SamplingConfig
 from rlhf.data import Gold
 from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.intervals import mean_of, share, win_rate, wins
@@ -168,7 +168,8 @@ def ceiling(
     renderer: Renderer,
     rows: list[dict[str, Any]],
     *,
-    cfg: StageConfig,
+    cfg: SamplingConfig,
+    seed: int,
     gold: Gold | None,
 ) -> dict[str, float]:
     """Mean gold of SFT samples on held-out prompts, and of the best of 8: the room PPO has.
@@ -176,12 +177,11 @@ def ceiling(
     Returns:
         eval/gold with its 95 % interval, eval/gold_best_of_8; nothing without a gold score.
     """
-    rows = rows[: cfg.evaluation.prompts]
     if gold is None or not rows:
         return {}
     draws = []
     for draw in range(BEST_OF):
-        answers = answer(policy, renderer, rows, cfg=cfg.sampling, seed=cfg.seed + draw, gold=gold)
+        answers = answer(policy, renderer, rows, cfg=cfg, seed=seed + draw, gold=gold)
         assert answers.gold is not None
         draws.append(answers.gold)
     per_prompt = list(zip(*draws, strict=True))
@@ -229,54 +229,97 @@ def pairs(
     }
 
 
-@dataclass(frozen=True)
 class HeldOut:
-    """The same held-out prompts, answered before and after PPO.
+    """The same held-out prompts, answered before, during and after PPO.
+
+    Args:
+        rows: of the validation split; the first `evaluation.prompts` are asked.
+        prompts: token ids of each row.
+        renderer, gold, reward: as in `answer`.
+        roles: whose policy answers, and whose reference KL is to.
+        second: a reward model that only watches.
+        cfg, sampling: the settings `evaluation` and `sampling`.
+        seed: of the noise.
+        gold_path: the setting `data.gold`, for errors.
 
     Attributes:
-        rows: of the validation split.
-        renderer, cfg, gold, reward: as in `answer`.
-        second: a reward model that only watches.
+        course: score against what training never sees, from evaluation to evaluation.
     """
 
-    rows: list[dict[str, Any]]
-    renderer: Renderer
-    cfg: StageConfig
-    gold: Gold | None
-    reward: Rewards
-    second: nn.Module | None = None
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        prompts: list[list[int]],
+        renderer: Renderer,
+        roles: Roles,
+        reward: Rewards,
+        *,
+        gold: Gold | None,
+        second: nn.Module | None,
+        cfg: EvaluationConfig,
+        sampling: SamplingConfig,
+        seed: int,
+        gold_path: str | None,
+    ) -> None:
+        self.rows, self.prompts, self.renderer = rows, prompts, renderer
+        self.roles, self.reward = roles, reward
+        self.gold, self.second, self.cfg, self.sampling = gold, second, cfg, sampling
+        self.seed, self._gold_path = seed, gold_path
+        watches = None if second is None else overoptimisation.SECOND
+        measure = overoptimisation.GOLD if gold is not None else watches
+        self.course = overoptimisation.Course(measure)
+        self._before = self._now = Answers([], [], [], [])
 
-    @property
-    def measure(self) -> str | None:
-        """What watches that training never sees."""
-        second = None if self.second is None else overoptimisation.SECOND
-        return overoptimisation.GOLD if self.gold is not None else second
-
-    def answers(self, policy: nn.Module, roles: Roles) -> Answers:
-        """One answer per prompt at temperature 1, with gold, score and KL to the reference."""
-        out = answer(
-            policy,
-            self.renderer,
-            self.rows[: self.cfg.evaluation.prompts],
-            cfg=self.cfg.sampling,
-            seed=self.cfg.seed,
-            gold=self.gold,
-            reward=self.reward,
-            reference=roles.reference,
-        )
-        if self.second is not None:
-            sequences = [p + a for p, a in zip(out.prompt_ids, out.answer_ids, strict=True)]
-            size = self.cfg.sampling.batch_size
-            out.second = score_all(self.second, sequences, self.renderer.pad_id, size)
-        return out
-
-    def expect_numbers(self, before: Answers) -> None:
-        """What the SFT model's answers measure can be compared with.
+    def baseline(self) -> Answers:
+        """What the SFT model answers, which everything later is compared with.
 
         Raises:
             ConfigError: the measure is no number on some of them, and no step could be the best.
             StoppedByGuard: the score that would be learnt from is none.
         """
+        self._before = self._now = self.answers(self.roles.reference)
+        self._expect_numbers(self._before)
+        if self._before.texts and not self.course.points:  # a run that goes on has it already
+            self.course.see(self._before.at(0))
+        return self._before
+
+    def evaluate(self) -> dict[str, float]:
+        """Answer as the policy is now: scores, KL, and gold with its wins over the SFT answers."""
+        self._now = self.answers(self.roles.policy)
+        return self.compare(self._before, self._now)
+
+    def follow(self, step: int) -> list[str]:
+        """Add what `evaluate` found last to the run's course; new warnings as lines."""
+        now = self._now
+        if not now.texts:
+            return []
+        lines = [f"warning: {w.name}: {w.text}" for w in self.course.see(now.at(step))]
+        if now.measure is not None and (lost := _no_numbers(now.measure)):
+            lines.append(
+                f"warning: no number: {self.course.measure} is no finite number on {lost} of "
+                f"{len(now.texts)} held-out answers at step {step}, which cannot be the best step"
+            )
+        return lines
+
+    def answers(self, policy: nn.Module) -> Answers:
+        """One answer per prompt at temperature 1, with gold, score and KL to the reference."""
+        out = answer(
+            policy,
+            self.renderer,
+            self.rows[: self.cfg.prompts],
+            cfg=self.sampling,
+            seed=self.seed,
+            gold=self.gold,
+            reward=self.reward,
+            reference=self.roles.reference,
+        )
+        if self.second is not None:
+            sequences = [p + a for p, a in zip(out.prompt_ids, out.answer_ids, strict=True)]
+            size = self.sampling.batch_size
+            out.second = score_all(self.second, sequences, self.renderer.pad_id, size)
+        return out
+
+    def _expect_numbers(self, before: Answers) -> None:
         count = len(before.texts)
         if lost := _no_numbers(before.scores):
             raise StoppedByGuard(
@@ -285,31 +328,17 @@ class HeldOut:
                 "would learn nothing. Look at its card (rlhf show), or use engine.dtype=fp32."
             )
         if before.measure is not None and (lost := _no_numbers(before.measure)):
-            setting = f"evaluation.second_rm={self.cfg.evaluation.second_rm}"
+            setting = f"evaluation.second_rm={self.cfg.second_rm}"
             if before.gold is not None:
-                setting = f"data.gold={self.cfg.data.gold}"
+                setting = f"data.gold={self._gold_path}"
             raise ConfigError(
                 f"{setting}: it gives no finite number for {lost} of {count} held-out answers of "
                 "the SFT model, so their mean is none and no step of PPO could be the best. Mend "
                 "it, or leave it out."
             )
 
-    def follow(self, course: overoptimisation.Course, now: Answers, *, step: int) -> list[str]:
-        """Add the answers of a step (0: the SFT model's) to a run's course; new warnings as lines.
-
-        A run that goes on has the SFT model's answers in its course already.
-        """
-        if not now.texts or (step == 0 and course.points):
-            return []
-        lines = [f"warning: {w.name}: {w.text}" for w in course.see(now.at(step))]
-        if now.measure is not None and (lost := _no_numbers(now.measure)):
-            lines.append(
-                f"warning: no number: {course.measure} is no finite number on {lost} of "
-                f"{len(now.texts)} held-out answers at step {step}, which cannot be the best step"
-            )
-        return lines
-
-    def compare(self, before: Answers, after: Answers) -> dict[str, float]:
+    @staticmethod
+    def compare(before: Answers, after: Answers) -> dict[str, float]:
         """Scores, KL, and gold with the share of prompts on which the later answer wins."""
         if not before.texts:
             return {}
@@ -346,12 +375,12 @@ class HeldOut:
             }
         return out
 
-    def samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
-        """The same prompts answered by SFT and by PPO, with score and gold."""
+    def samples(self) -> list[dict[str, Any]]:
+        """The same prompts answered by SFT and, last, by PPO, with score and gold."""
         out = []
-        for i, row in enumerate(self.rows[: len(before.texts)]):
+        for i, row in enumerate(self.rows[: len(self._before.texts)]):
             sample: dict[str, Any] = {"prompt": row["prompt"][-1]["content"]}
-            for who, answers in (("sft", before), ("ppo", after)):
+            for who, answers in (("sft", self._before), ("ppo", self._now)):
                 sample[who] = answers.texts[i]
                 sample[f"{who}_score"] = answers.scores[i]
                 sample[f"{who}_gold"] = None if answers.gold is None else answers.gold[i]
@@ -359,13 +388,13 @@ class HeldOut:
             out.append(sample)
         return out
 
-    def progress(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
+    def progress(self) -> list[dict[str, Any]]:
         """The first few samples, with KL to the reference in nats and length in tokens: what is
         kept of each evaluation."""
-        few = self.samples(before, after)[: self.cfg.evaluation.samples]
+        now = self._now
         return [
-            sample | {"ppo_kl": after.kl[i], "ppo_length": len(after.answer_ids[i])}
-            for i, sample in enumerate(few)
+            sample | {"ppo_kl": now.kl[i], "ppo_length": len(now.answer_ids[i])}
+            for i, sample in enumerate(self.samples()[: self.cfg.samples])
         ]
 
 

@@ -190,6 +190,32 @@ def load_parent(
         return load(folder, tokenizer, dtype=dtype)
 
 
+def load_backbone(
+    sft: Published, tokenizer: PreTrainedTokenizerBase, cfg: EngineConfig
+) -> PreTrainedModel:
+    """An SFT model with a new scalar head, from which a reward model starts."""
+    return load_parent(load_scalar, sft, tokenizer, engine.dtype(cfg))
+
+
+def scalar_model(
+    backbone: PreTrainedModel,
+    method: MethodConfig,
+    cfg: EngineConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+) -> nn.Module:
+    """A model with a scalar head made ready to train, in 4 bits where `method` asks for it."""
+    backbone = quantized(backbone, tokenizer, method, engine.dtype(cfg))
+    return trainable(backbone, method, head=True, tokenizer=tokenizer, steps=steps)
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """How many positions a model has; None where its config does not say."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
 def quantized(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -590,6 +616,16 @@ def save_trained(model: nn.Module, folder: Path) -> None:
         if is_main():
             _save_trained(whole(model), folder)
             parts.refuse_empty(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training changes of a model, as a part of a checkpoint."""
+
+    model: nn.Module
+
+    def save(self, folder: Path) -> None:
+        save_trained(self.model, folder)
 
 
 def _save_trained(model: nn.Module, folder: Path) -> None:

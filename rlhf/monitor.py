@@ -1,8 +1,9 @@
 """When PPO goes wrong: stop it, say why in the field's terms, and leave the evidence.
 
-`Monitor.check` compares every step with the first one, where the policy is the SFT model. A run
-that breaks a rule ends with `StoppedByGuard` (exit code 3); on the way out `Monitor.explaining`
-names the known causes that match and writes the last rollout beside the run.
+`StoppingRules.check` compares every step with the first one, where the policy is the SFT model. A
+run that breaks a rule ends with `StoppedByGuard` (exit code 3); on the way out
+`StoppingRules.explaining` names the known causes that match and writes the last rollout beside the
+run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf import engine, ppo
+from rlhf import engine
 from rlhf.batch import Batch
-from rlhf.config import PPOStage
+from rlhf.config import PPOConfig, SamplingConfig, StopConfig
 from rlhf.errors import StoppedByGuard
 from rlhf.manifest import plain, step_name
+from rlhf.ppo import logprobs
 from rlhf.ranks import is_main
+from rlhf.state import read_state
 from rlhf.text import Renderer
 
 Stats = dict[str, float]
@@ -36,8 +39,8 @@ OF_MODELS = ("objective/kl", "objective/entropy", "eval/kl", "policy/", "val/", 
 # ---------------------------------------------------------------- rules
 
 
-def _ratio(first: Stats, now: Stats, cfg: PPOStage) -> str | None:
-    limit = cfg.stop.ratio
+def _ratio(first: Stats, now: Stats, cfg: StopConfig, ppo: PPOConfig) -> str | None:
+    limit = cfg.ratio
     if limit is None or "policy/ratio" not in now:  # the critic warms up alone
         return None
     usual = math.sqrt(2 * now["policy/approxkl"])  # root mean square of log ratio
@@ -50,15 +53,15 @@ def _ratio(first: Stats, now: Stats, cfg: PPOStage) -> str | None:
     )
 
 
-def _kl(first: Stats, now: Stats, cfg: PPOStage) -> str | None:
-    budget, kl = cfg.ppo.kl_budget, now["objective/kl"]
+def _kl(first: Stats, now: Stats, cfg: StopConfig, ppo: PPOConfig) -> str | None:
+    budget, kl = ppo.kl_budget, now["objective/kl"]
     if budget is None or kl <= budget:
         return None
     return f"KL to the reference is {kl:.2f} nats per answer (ppo.kl_budget={budget:g})"
 
 
-def _score(first: Stats, now: Stats, cfg: PPOStage) -> str | None:
-    drop, spread = cfg.stop.score_drop, first["objective/scores_std"]
+def _score(first: Stats, now: Stats, cfg: StopConfig, ppo: PPOConfig) -> str | None:
+    drop, spread = cfg.score_drop, first["objective/scores_std"]
     if drop is None or spread == 0:
         return None
     lost = (first["objective/scores"] - now["objective/scores"]) / spread
@@ -70,21 +73,21 @@ def _score(first: Stats, now: Stats, cfg: PPOStage) -> str | None:
     )
 
 
-def _eos(first: Stats, now: Stats, cfg: PPOStage) -> str | None:
-    drop, before, rate = cfg.stop.eos_drop, first["response/eos_rate"], now["response/eos_rate"]
+def _eos(first: Stats, now: Stats, cfg: StopConfig, ppo: PPOConfig) -> str | None:
+    drop, before, rate = cfg.eos_drop, first["response/eos_rate"], now["response/eos_rate"]
     if drop is None or before < 0.25 or rate >= (1 - drop) * before:  # few ended anyway
         return None
     return f"{rate:.0%} of the answers end, {before:.0%} did at first (stop.eos_drop={drop:g})"
 
 
-def _length(first: Stats, now: Stats, cfg: PPOStage) -> str | None:
-    drop, before, length = cfg.stop.length_drop, first["response/length"], now["response/length"]
+def _length(first: Stats, now: Stats, cfg: StopConfig, ppo: PPOConfig) -> str | None:
+    drop, before, length = cfg.length_drop, first["response/length"], now["response/length"]
     if drop is None or length >= (1 - drop) * before:
         return None
     return f"answers have {length:.1f} tokens, {before:.1f} at first (stop.length_drop={drop:g})"
 
 
-RULES: dict[str, Callable[[Stats, Stats, PPOStage], str | None]] = {
+RULES: dict[str, Callable[[Stats, Stats, StopConfig, PPOConfig], str | None]] = {
     "ratio explosion": _ratio,
     "KL over budget": _kl,
     "score collapse": _score,
@@ -100,11 +103,16 @@ class Evidence:
     """What is known when a run is stopped.
 
     Attributes:
+        cfg: the `ppo` settings.
+        dtype: `engine.dtype`.
+        foreign: whether a foreign reward model was let in.
         first, last: the numbers of step 1 and of the last step that has any; {} before those.
         scores, lengths: of each answer of the last rollout.
     """
 
-    cfg: PPOStage
+    cfg: PPOConfig
+    dtype: str
+    foreign: bool
     first: Stats
     last: Stats
     scores: list[float]
@@ -131,9 +139,9 @@ def _numbers_are_lost(e: Evidence) -> str | None:
         return None
     return (
         f"the models' own numbers are lost ({', '.join(lost[:3])}): their weights diverged. Divide "
-        f"ppo.learning_rate={e.cfg.ppo.learning_rate:g} (and ppo.critic_learning_rate="
-        f"{e.cfg.ppo.critic_learning_rate:g}) by 10, or use engine.dtype=fp32 where "
-        f"engine.dtype={e.cfg.engine.dtype} overflows."
+        f"ppo.learning_rate={e.cfg.learning_rate:g} (and ppo.critic_learning_rate="
+        f"{e.cfg.critic_learning_rate:g}) by 10, or use engine.dtype=fp32 where "
+        f"engine.dtype={e.dtype} overflows."
     )
 
 
@@ -143,8 +151,8 @@ def _steps_too_large(e: Evidence) -> str | None:
         return None
     return (
         f"the policy's steps are too large: policy/clipfrac {clipped:.2f} (0.1 is usual), "
-        f"policy/approxkl {size:.3g}. Lower ppo.learning_rate={e.cfg.ppo.learning_rate:g} by 3 to "
-        f"10, or ppo.epochs={e.cfg.ppo.epochs}."
+        f"policy/approxkl {size:.3g}. Lower ppo.learning_rate={e.cfg.learning_rate:g} by 3 to "
+        f"10, or ppo.epochs={e.cfg.epochs}."
     )
 
 
@@ -154,14 +162,14 @@ def _critic_diverged(e: Evidence) -> str | None:
         return None
     return (
         f"the critic is worse than a constant (val/explained_variance {explained:.2f}): lower "
-        f"ppo.critic_learning_rate={e.cfg.ppo.critic_learning_rate:g}, or let it learn alone first "
+        f"ppo.critic_learning_rate={e.cfg.critic_learning_rate:g}, or let it learn alone first "
         "(ppo.critic_warmup)."
     )
 
 
 def _ends_are_cheap(e: Evidence) -> str | None:
     spread = e.first.get("objective/scores_std", 0.0)
-    penalty, before = e.cfg.ppo.missing_eos_penalty, e.first.get("response/eos_rate", 0.0)
+    penalty, before = e.cfg.missing_eos_penalty, e.first.get("response/eos_rate", 0.0)
     if not (e.last.get("response/eos_rate", 1.0) < 0.8 * before and penalty < spread):
         return None
     return (
@@ -192,7 +200,7 @@ def _distance_is_cheap(e: Evidence) -> str | None:
         return None
     return (
         f"leaving the reference is cheap: the score rose by {gain:.2f} while KL cost {cost:.2f} "
-        f"({kl:.1f} nats). Raise ppo.kl_coef={e.cfg.ppo.kl_coef:g}, or steer it: ppo.kl_target."
+        f"({kl:.1f} nats). Raise ppo.kl_coef={e.cfg.kl_coef:g}, or steer it: ppo.kl_target."
     )
 
 
@@ -219,7 +227,7 @@ def _reward_is_exploited(e: Evidence) -> str | None:
 
 
 def _reward_is_foreign(e: Evidence) -> str | None:
-    if not e.cfg.allow_foreign_rm:
+    if not e.foreign:
         return None
     return (
         "allow_foreign_rm=true: the reward model never learnt on this policy's answers, so its "
@@ -249,34 +257,60 @@ def likely_causes(evidence: Evidence) -> list[str]:
 # ---------------------------------------------------------------- at work
 
 
-class Monitor:
+@dataclass
+class _State:
+    """What a resumed run goes on with.
+
+    Attributes:
+        first: the numbers of step 1.
+        recent: those of the last steps.
+        strikes: rule -> how often in a row it was broken.
+    """
+
+    first: Stats
+    recent: list[Stats]
+    strikes: dict[str, int]
+
+
+class StoppingRules:
     """Watches one run. Every process has one and gives it the same numbers.
 
     Args:
-        cfg: the stage's settings.
+        cfg, ppo, sampling: the settings `stop`, `ppo` and `sampling`.
         folder: of the run.
         renderer: makes text of tokens.
-        state: of an interrupted run that goes on, as `state` gave it.
-
+        dtype: `engine.dtype`.
+        foreign: whether a foreign reward model was let in.
     """
 
     def __init__(
-        self, cfg: PPOStage, folder: Path, renderer: Renderer, state: dict[str, Any] | None = None
+        self,
+        cfg: StopConfig,
+        ppo: PPOConfig,
+        sampling: SamplingConfig,
+        folder: Path,
+        renderer: Renderer,
+        *,
+        dtype: str = "auto",
+        foreign: bool = False,
     ) -> None:
-        self.cfg, self.folder, self.renderer = cfg, folder, renderer
+        self.cfg, self.ppo, self.sampling = cfg, ppo, sampling
+        self.folder, self.renderer = folder, renderer
+        self._dtype, self._foreign = dtype, foreign
         self._batch: Batch | None = None
         self._now: Stats = {}
-        known = state or {"first": {}, "recent": [], "strikes": {}}
-        self._first: Stats = known["first"]
-        self._recent: list[Stats] = list(known["recent"])
-        self._strikes: dict[str, int] = dict(known["strikes"])
+        self._first: Stats = {}
+        self._recent: list[Stats] = []
+        self._strikes: dict[str, int] = {}
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What a resumed run must know; JSON values."""
+    def state_dict(self) -> dict[str, Any]:
         return {"first": self._first, "recent": self._recent, "strikes": self._strikes}
 
-    def see(self, batch: Batch, stats: Stats, *, step: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        read = read_state(_State, state, self)
+        self._first, self._recent, self._strikes = read.first, read.recent, read.strikes
+
+    def observe(self, batch: Batch, stats: Stats, *, step: int) -> None:
         """Remember the rollout at work, before anything is learnt from it.
 
         Raises:
@@ -295,13 +329,13 @@ class Monitor:
         self._recent = [*self._recent[1 - KEPT :], self._now]
         self._first = self._first or dict(stats)
         for name, rule in RULES.items():
-            broken = rule(self._first, stats, self.cfg)
+            broken = rule(self._first, stats, self.cfg, self.ppo)
             self._strikes[name] = self._strikes.get(name, 0) + 1 if broken else 0
-            if broken and self._strikes[name] >= self.cfg.stop.patience:
-                times = f", for {self._strikes[name]} steps" if self.cfg.stop.patience > 1 else ""
+            if broken and self._strikes[name] >= self.cfg.patience:
+                times = f", for {self._strikes[name]} steps" if self.cfg.patience > 1 else ""
                 raise StoppedByGuard(f"{name}: {broken}{times}.")
 
-    def held_out(self, stats: Stats, *, step: int) -> None:
+    def check_held_out(self, stats: Stats, *, step: int) -> None:
         """Look at the numbers of an evaluation.
 
         What only watches (gold, a second reward model) stops nothing: it chooses no step then.
@@ -335,10 +369,15 @@ class Monitor:
             raise StoppedByGuard(self._explain(str(error), policy)) from error
 
     def _explain(self, why: str, policy: nn.Module) -> str:
-        rows = [] if self._batch is None else describe(self._batch, policy, self.cfg, self.renderer)
+        rows = []
+        if self._batch is not None:
+            size = self.ppo.micro_batch_size
+            rows = describe(self._batch, policy, self.sampling, self.renderer, size)
         rows = [row for part in engine.gather_objects(rows) for row in part]
         evidence = Evidence(
-            cfg=self.cfg,
+            cfg=self.ppo,
+            dtype=self._dtype,
+            foreign=self._foreign,
             first=self._first,
             last=self._now,
             scores=[row["score"] for row in rows],
@@ -366,15 +405,19 @@ class Monitor:
 
 @torch.no_grad()
 def describe(
-    batch: Batch, policy: nn.Module, cfg: PPOStage, renderer: Renderer
+    batch: Batch,
+    policy: nn.Module,
+    sampling: SamplingConfig,
+    renderer: Renderer,
+    micro_batch_size: int,
 ) -> list[dict[str, Any]]:
     """A rollout in plain values: text, score and per-token numbers of each row.
 
     `ratio` is that of the policy as it is now to the one that sampled.
     """
     rows = []
-    for part in batch.micro(cfg.ppo.micro_batch_size):
-        now = ppo.logprobs(policy, part, cfg.sampling)
+    for part in batch.micro(micro_batch_size):
+        now = logprobs(policy, part, sampling)
         ratio = (now - part.old_logprobs).exp()
         for i, mask in enumerate(part.response_mask):
             ids = part.responses[i][mask].tolist()

@@ -17,11 +17,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rlhf.intervals import Mean, mean_of
+from rlhf.state import read_state
 
 FILE = "overoptimisation.json"
 SCHEMA = 1
@@ -151,22 +152,13 @@ class Course:
 
     # ------------------------------------------------------------ kept, and written
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What a resumed run must know; JSON values."""
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def of(cls, measure: str | None, state: dict[str, Any] | None) -> Course:
-        """A new course, or that of an interrupted run that goes on, as `state` gave it."""
-        if state is None:
-            return cls(measure)
-        given = dict(state)
-        for name in ("first", "peak", "plateau"):
-            given[name] = given[name] and Evaluation(**given[name])
-        given["recent"] = [Evaluation(**evaluation) for evaluation in given["recent"]]
-        given["warnings"] = [Alarm(**warning) for warning in given["warnings"]]
-        return cls(**given)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        read = read_state(Course, state, self)
+        for each in fields(Course):
+            setattr(self, each.name, getattr(read, each.name))
 
     def text(self) -> str:
         """`overoptimisation.json`, for the report."""

@@ -9,17 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf import engine, losses, metrics, models, ptx, returns
 from rlhf.batch import Batch, Judged, of_all_ranks
-from rlhf.config import EngineConfig, PPOConfig, PPOStage, SamplingConfig
+from rlhf.config import AlgorithmConfig, EngineConfig, PPOConfig, SamplingConfig
 from rlhf.controllers import AdaptiveKL, FixedKL
 from rlhf.data import Row
 from rlhf.engine import Engine
@@ -32,6 +33,7 @@ from rlhf.ranks import rank, rows_per_pass, world_size
 from rlhf.rewards import Rewards, Verdict, last_turn
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, mix, restrict
+from rlhf.state import read_state
 from rlhf.text import Renderer
 
 
@@ -81,24 +83,6 @@ def _sizes(cfg: PPOConfig) -> tuple[int, int]:
     return rows, rows_per_pass(rows, cfg.micro_batch_size)
 
 
-def save(policy: Engine, critic: Engine | None, folder: Path) -> None:
-    """Write a checkpoint: both models with optimizers and schedules, and what others may load.
-
-    Prompts, noise and the order of minibatches are functions of (seed, step): nothing to keep.
-    """
-    policy.save(folder / "policy")
-    if critic is not None:
-        critic.save(folder / "critic")
-    models.save_trained(policy.module, folder / "model")
-
-
-def load(policy: Engine, critic: Engine | None, folder: Path) -> None:
-    """Put back what `save` wrote."""
-    policy.load(folder / "policy")
-    if critic is not None:
-        critic.load(folder / "critic")
-
-
 def kl_controller(cfg: PPOConfig) -> FixedKL | AdaptiveKL:
     """What sets the coefficient of KL from step to step."""
     if cfg.kl_target is None:
@@ -120,8 +104,8 @@ def worth(held_out: dict[str, float], cfg: PPOConfig) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def expect_publishable(metrics: dict[str, float], *, step: int) -> None:
-    """The held-out means of the policy that would be published are numbers.
+def expect_publishable(metrics: dict[str, float], *, step: int) -> dict[str, float]:
+    """`metrics`, where the held-out means of the policy that would be published are numbers.
 
     Raises:
         StoppedByGuard: one is not, so no evaluation was finite that could have been the best.
@@ -134,22 +118,28 @@ def expect_publishable(metrics: dict[str, float], *, step: int) -> None:
                 "a number that could be the best: nothing is published. Look at what measures it "
                 "(data.gold, evaluation.second_rm, the reward model), and at samples_log.jsonl."
             )
+    return metrics
 
 
 # ---------------------------------------------------------------- judge
 
 
 def score(
-    rollout: Rollout, reward: Rewards, rows: list[Row], renderer: Renderer, cfg: PPOStage
+    rollout: Rollout,
+    reward: Rewards,
+    rows: list[Row],
+    renderer: Renderer,
+    *,
+    micro_batch_size: int,
 ) -> tuple[Verdict, dict[str, float]]:
     """What reward models and functions say of a rollout.
 
     Args:
         rollout: this process's part.
         reward: every term.
-        rows: of the data, one for each row of `rollout`; see `rollout.share`.
+        rows: of the data, one for each row of `rollout`.
         renderer: makes text of tokens.
-        cfg: the stage's settings.
+        micro_batch_size: rows per forward pass of a reward model.
 
     Returns:
         The verdict, and over all processes the mean of each term before its weight, and what an
@@ -161,7 +151,7 @@ def score(
         [last_turn(row) for row in rows],
         [renderer.decode(ids) for ids in rollout.answer_ids()],
         rows,
-        micro_batch_size=cfg.ppo.micro_batch_size,
+        micro_batch_size=micro_batch_size,
     )
     measured = {f"{metrics.TERMS}{name}": part for name, part in verdict.parts.items()}
     if verdict.spread is not None:
@@ -176,7 +166,8 @@ def judge(
     rollout: Rollout,
     scores: Tensor,
     roles: Roles,
-    cfg: PPOStage,
+    cfg: PPOConfig,
+    sampling: SamplingConfig,
     *,
     bias: float = 0.0,
     scale: float = 1.0,
@@ -194,10 +185,10 @@ def judge(
         rollout: this process's part.
         scores: [B] what its answers are worth, see `score`.
         roles: critic None where the algorithm has none.
-        cfg: the stage's settings.
+        cfg, sampling: the settings of that name.
         bias, scale: of the scores, as `standard_scores` finds them.
     """
-    size = cfg.ppo.micro_batch_size
+    size = cfg.micro_batch_size
     parts = [
         (slice(n, n + size), rollout.rows(slice(n, n + size))) for n in range(0, len(rollout), size)
     ]
@@ -210,21 +201,21 @@ def judge(
         return out
 
     def over_all_tokens(model: nn.Module) -> Tensor:
-        return per_token(partial(logprobs, model, cfg=cfg.sampling, restricted=False))
+        return per_token(partial(logprobs, model, cfg=sampling, restricted=False))
 
     ref_logprobs = over_all_tokens(roles.reference)
     # What the sampler noted is of other tokens where top-k or top-p ruled some out.
-    own = over_all_tokens(roles.policy) if cfg.sampling.truncates else rollout.old_logprobs
+    own = over_all_tokens(roles.policy) if sampling.truncates else rollout.old_logprobs
     kl = losses.kl_estimate(own, ref_logprobs, estimator="k1")
     old_values = None if roles.critic is None else per_token(partial(values, roles.critic))
-    scores = returns.shape_scores(scores, bias=bias, scale=scale, clip=cfg.ppo.score_clip)
-    scores = torch.where(rollout.ended, scores, scores - cfg.ppo.missing_eos_penalty)
-    if cfg.ppo.overlong_buffer:
+    scores = returns.shape_scores(scores, bias=bias, scale=scale, clip=cfg.score_clip)
+    scores = torch.where(rollout.ended, scores, scores - cfg.missing_eos_penalty)
+    if cfg.overlong_buffer:
         scores = scores + returns.overlong_penalty(
             rollout.response_mask.sum(1).to(scores.dtype),
-            limit=cfg.sampling.max_new_tokens,
-            buffer=cfg.ppo.overlong_buffer,
-            penalty=cfg.ppo.overlong_penalty,
+            limit=sampling.max_new_tokens,
+            buffer=cfg.overlong_buffer,
+            penalty=cfg.overlong_penalty,
         )
     return Judged(
         **rollout.tensors(),
@@ -233,6 +224,47 @@ def judge(
         kl=torch.where(rollout.response_mask, kl, 0.0),
         old_values=old_values,
     )
+
+
+@dataclass
+class Judge:
+    """What reward, reference and critic say of rollouts.
+
+    Attributes:
+        reward: every term.
+        roles: whose reference and critic are asked.
+        renderer: makes text of tokens.
+        cfg, sampling: the settings `ppo` and `sampling`.
+        bias, scale: of scores; see `standardize`.
+    """
+
+    reward: Rewards
+    roles: Roles
+    renderer: Renderer
+    cfg: PPOConfig
+    sampling: SamplingConfig
+    bias: float = 0.0
+    scale: float = 1.0
+
+    def standardize(self, scores: list[float]) -> None:
+        """From now on scores are compared with those of SFT answers, where settings ask for it."""
+        found = standard_scores(scores, self.cfg)
+        self.bias, self.scale = found["bias"], found["scale"]
+
+    def __call__(self, rollout: Rollout, rows: list[Row]) -> tuple[Judged, dict[str, float]]:
+        """The rollout judged, and the means of the reward's terms; see `score` and `judge`."""
+        size = self.cfg.micro_batch_size
+        verdict, means = score(rollout, self.reward, rows, self.renderer, micro_batch_size=size)
+        judged = judge(
+            rollout,
+            verdict.scores,
+            self.roles,
+            self.cfg,
+            self.sampling,
+            bias=self.bias,
+            scale=self.scale,
+        )
+        return judged, means
 
 
 def standard_scores(scores: list[float], cfg: PPOConfig) -> dict[str, float]:
@@ -276,42 +308,46 @@ def values(critic: nn.Module, batch: Rollout) -> Tensor:
 
 
 def estimate_advantages(
-    batch: Judged, cfg: PPOStage, *, kl_coef: float
+    judged: Judged,
+    cfg: PPOConfig,
+    algorithm: AlgorithmConfig,
+    sampling: SamplingConfig,
+    *,
+    kl_coef: float,
 ) -> tuple[Batch, dict[str, float]]:
     """Per-token rewards, then advantages by the algorithm, then whitening over all processes.
 
     Args:
-        batch: judged.
-        cfg: the stage's settings.
+        judged: this process's part.
+        cfg, algorithm, sampling: the settings of that name.
         kl_coef: of this step, as the controller has it.
 
     Returns:
         The batch with advantages and returns, and the objective's numbers, over all processes.
     """
-    mask, algorithm = batch.response_mask, cfg.algorithm
-    inside = kl_coef if cfg.ppo.kl_in == "reward" else 0.0
-    rewards = returns.token_rewards(batch.scores, batch.kl, mask, kl_coef=inside)
-    if cfg.ppo.whiten_rewards:
+    mask, per_prompt = judged.response_mask, sampling.per_prompt or 1
+    inside = kl_coef if cfg.kl_in == "reward" else 0.0
+    rewards = returns.token_rewards(judged.scores, judged.kl, mask, kl_coef=inside)
+    if cfg.whiten_rewards:
         rewards = _whiten(rewards, mask, subtract_mean=False)
     if algorithm.groups:
         whole = torch.where(mask, rewards, 0.0).sum(1)  # [B]
-        compare = {"per_prompt": cfg.sampling.per_prompt or 1}
         if algorithm.name == "rloo":
-            found = returns.rloo(whole, **compare)
+            found = returns.rloo(whole, per_prompt=per_prompt)
         else:
-            found = returns.grpo(whole, **compare, scale=algorithm.scale)
+            found = returns.grpo(whole, per_prompt=per_prompt, scale=algorithm.scale)
         advantages = targets = returns.spread(found, mask)
     elif algorithm.name == "reinforce_pp":
-        advantages = targets = returns.reinforce_pp(rewards, mask, gamma=cfg.ppo.gamma)
+        advantages = targets = returns.reinforce_pp(rewards, mask, gamma=cfg.gamma)
     else:
-        assert batch.old_values is not None
+        assert judged.old_values is not None
         advantages, targets = returns.gae(
-            rewards, batch.old_values, mask, gamma=cfg.ppo.gamma, lam=cfg.ppo.lam
+            rewards, judged.old_values, mask, gamma=cfg.gamma, lam=cfg.lam
         )
-    stats = _describe(batch, targets, kl_coef)
-    if cfg.ppo.whiten_advantages and not algorithm.groups:  # groups have a scale of their own
+    stats = _describe(judged, targets, kl_coef)
+    if cfg.whiten_advantages and not algorithm.groups:  # groups have a scale of their own
         advantages = _whiten(advantages, mask, subtract_mean=True)
-    known = {f.name: getattr(batch, f.name) for f in fields(Judged)}
+    known = {f.name: getattr(judged, f.name) for f in fields(Judged)}
     return Batch(**known, advantages=advantages, returns=targets), stats
 
 
@@ -369,142 +405,180 @@ def _distinct_bigrams(batch: Judged) -> float:
 # ---------------------------------------------------------------- update
 
 
-def update(
-    policy: Engine,
-    critic: Engine | None,
-    batch: Batch,
-    cfg: PPOStage,
-    *,
-    step: int,
-    kl_coef: float,
-    demonstrations: ptx.Demonstrations | None = None,
-    ratios: list[Tensor] | None = None,
-) -> dict[str, float]:
-    """`epochs` passes of `minibatches` optimizer steps each, over all processes together.
+class Learner:
+    """Policy and critic in training: `epochs` passes of `minibatches` optimizer steps per rollout.
 
-    In the first `ppo.critic_warmup` steps the policy stands still. `kl_coef` is that of this step
-    and matters here where KL is a term of the loss. `demonstrations`
-    are what `ppo.ptx_coef` mixes in: as many rows per optimizer step as there are answers. `ratios`
-    gets the probability ratios of this process's tokens, one tensor for each policy pass.
+    Args:
+        policy, critic: as `engines` makes them; critic None where the algorithm has none.
+        cfg, sampling: the settings of that name.
+        seed: of the order of rows.
+        demonstrations: what `ppo.ptx_coef` mixes in: as many rows per optimizer step as there are
+            answers.
 
-    Returns:
-        Losses and statistics, each a mean over the step's updates; learning rates as they were
-        at the first of them.
-
-    Raises:
-        StoppedByGuard: one of them is not finite.
+    Attributes:
+        ratios: new / old probability of this process's tokens in the last update, one tensor for
+            each pass of the policy; empty while the critic learns alone.
     """
-    device = batch.prompts.device
-    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-    norms: dict[str, list[float]] = defaultdict(list)
-    generator = torch.Generator().manual_seed(mix(mix(cfg.seed) - step) & (2**63 - 1))
-    warming_up = critic is not None and step <= cfg.ppo.critic_warmup
-    trained: dict[str, Engine] = {} if warming_up else {"policy": policy}
-    if critic is not None:
-        trained["val"] = critic
-    for model in trained.values():
-        model.module.train()
-    rates = {f"{name}/learning_rate": model.learning_rate for name, model in trained.items()}
-    batch = of_all_ranks(batch, per_prompt=cfg.sampling.per_prompt or 1)
-    size, micro_size = _sizes(cfg.ppo)
-    turns = itertools.count((step - 1) * cfg.ppo.epochs * cfg.ppo.minibatches + 1)
-    for _ in range(cfg.ppo.epochs):
-        order = torch.randperm(len(batch), generator=generator).to(device)
-        for chosen in order.split(size * world_size()):
-            minibatch, turn = batch.rows(chosen[rank() :: world_size()]), next(turns)
-            count = engine.sum_over_ranks(minibatch.response_mask.sum())
-            for name, model in trained.items():
-                shown: Iterator[ptx.Shown | None] = itertools.repeat(None)
-                if demonstrations is not None and name == "policy":
-                    shown = demonstrations.parts(turn, size)
-                for micro in minibatch.micro(micro_size):
-                    if name == "policy":
-                        found = _train_policy(
-                            model, micro, count, cfg, kl_coef, next(shown), ratios
-                        )
-                    else:
-                        found = _train_critic(model, micro, count, cfg)
-                    for stat, value in found.items():
-                        totals[stat] = totals[stat] + value.detach()
-                if (norm := model.grad_norm) is not None:
-                    norms[f"{name}/grad_norm"].append(norm)
-    updates = cfg.ppo.epochs * cfg.ppo.minibatches
-    stats = {n: float(engine.sum_over_ranks(total)) / updates for n, total in totals.items()}
-    for name, mean in stats.items():
-        if not math.isfinite(mean):
-            raise StoppedByGuard(
-                f"{name} became {mean} in this update. The policy diverged: lower "
-                f"ppo.learning_rate={cfg.ppo.learning_rate:g} or ppo.critic_learning_rate="
-                f"{cfg.ppo.critic_learning_rate:g}, or raise ppo.kl_coef={cfg.ppo.kl_coef:g}."
-            )
-    return stats | rates | {name: sum(found) / len(found) for name, found in norms.items()}
 
+    def __init__(
+        self,
+        policy: Engine,
+        critic: Engine | None,
+        cfg: PPOConfig,
+        sampling: SamplingConfig,
+        seed: int,
+        demonstrations: ptx.Demonstrations | None = None,
+    ) -> None:
+        self.policy, self.critic, self.cfg, self.sampling = policy, critic, cfg, sampling
+        self.seed, self.demonstrations = seed, demonstrations
+        self.ratios: list[Tensor] = []
 
-def _train_policy(
-    policy: Engine,
-    micro: Batch,
-    count: Tensor,
-    cfg: PPOStage,
-    kl_coef: float,
-    shown: ptx.Shown | None,
-    ratios: list[Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """One micro-batch through the policy; each statistic is its part of the minibatch mean."""
-    everything = logits = temperate_logits(policy.module, micro, cfg.sampling)
-    if cfg.sampling.truncates:
-        logits = restrict(everything, micro.responses, micro.floors)
-    mask = micro.response_mask
-    new_logprobs = torch.where(mask, losses.logprobs_of(logits, micro.responses), 0.0)
-    if ratios is not None:
-        ratios.append((new_logprobs.detach() - micro.old_logprobs)[mask].exp())
-    loss, stats = losses.ppo_policy_loss(
-        new_logprobs,
-        micro.old_logprobs,
-        micro.advantages,
-        mask,
-        cliprange=cfg.ppo.cliprange,
-        cliprange_high=cfg.ppo.cliprange_high,
-        dual_clip=cfg.ppo.dual_clip,
-        count=count,
-    )
-    stats = {"loss/policy": loss, **stats}
-    if cfg.ppo.kl_in == "loss":
-        plain = new_logprobs
-        if cfg.sampling.truncates:
-            plain = losses.logprobs_of(everything, micro.responses)
-        kl, more = losses.kl_loss(
-            plain,
-            micro.ref_logprobs,
+    def state_dict(self) -> dict[str, Any]:
+        """Both models with optimizers and schedules, and what others may load.
+
+        Prompts, noise and the order of minibatches are functions of (seed, step): nothing to keep.
+        """
+        critic = {} if self.critic is None else {"critic": self.critic}
+        return {"policy": self.policy, **critic, "model": models.Trained(self.policy.module)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        read = read_state(_WithCritic if self.critic else _State, state, self)
+        self.policy.load(read.policy)
+        if self.critic is not None:
+            self.critic.load(read.critic)  # type: ignore[attr-defined]
+
+    def update(self, batch: Batch, *, step: int, kl_coef: float) -> dict[str, float]:
+        """Learn from one rollout, over all processes together.
+
+        In the first `ppo.critic_warmup` steps the policy stands still. `kl_coef` is that of this
+        step and matters here where KL is a term of the loss.
+
+        Returns:
+            Losses and statistics, each a mean over the step's updates; learning rates as they were
+            at the first of them.
+
+        Raises:
+            StoppedByGuard: one of them is not finite.
+        """
+        cfg, device = self.cfg, batch.prompts.device
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+        norms: dict[str, list[float]] = defaultdict(list)
+        generator = torch.Generator().manual_seed(mix(mix(self.seed) - step) & (2**63 - 1))
+        self.ratios = []
+        trained = self._trained(step)
+        for model in trained.values():
+            model.module.train()
+        rates = {f"{name}/learning_rate": model.learning_rate for name, model in trained.items()}
+        batch = of_all_ranks(batch, per_prompt=self.sampling.per_prompt or 1)
+        size, micro_size = _sizes(cfg)
+        turns = itertools.count((step - 1) * cfg.epochs * cfg.minibatches + 1)
+        for _ in range(cfg.epochs):
+            order = torch.randperm(len(batch), generator=generator).to(device)
+            for chosen in order.split(size * world_size()):
+                minibatch, turn = batch.rows(chosen[rank() :: world_size()]), next(turns)
+                count = engine.sum_over_ranks(minibatch.response_mask.sum())
+                for name, model in trained.items():
+                    shown: Iterator[ptx.Shown | None] = itertools.repeat(None)
+                    if self.demonstrations is not None and name == "policy":
+                        shown = self.demonstrations.parts(turn, size)
+                    for micro in minibatch.micro(micro_size):
+                        if name == "policy":
+                            found = self._train_policy(micro, count, kl_coef, next(shown))
+                        else:
+                            found = self._train_critic(model, micro, count)
+                        for stat, value in found.items():
+                            totals[stat] = totals[stat] + value.detach()
+                    if (norm := model.grad_norm) is not None:
+                        norms[f"{name}/grad_norm"].append(norm)
+        updates = cfg.epochs * cfg.minibatches
+        episode = {"episode": step * cfg.batch_size}
+        stats = {n: float(engine.sum_over_ranks(total)) / updates for n, total in totals.items()}
+        for name, mean in stats.items():
+            if not math.isfinite(mean):
+                raise StoppedByGuard(
+                    f"{name} became {mean} in this update. The policy diverged: lower "
+                    f"ppo.learning_rate={cfg.learning_rate:g} or ppo.critic_learning_rate="
+                    f"{cfg.critic_learning_rate:g}, or raise ppo.kl_coef={cfg.kl_coef:g}."
+                )
+        stats |= episode | rates
+        return stats | {name: sum(found) / len(found) for name, found in norms.items()}
+
+    def _trained(self, step: int) -> dict[str, Engine]:
+        """What learns in a step, by the beginning of its numbers' names."""
+        if self.critic is None:
+            return {"policy": self.policy}
+        if step <= self.cfg.critic_warmup:
+            return {"val": self.critic}
+        return {"policy": self.policy, "val": self.critic}
+
+    def _train_policy(
+        self, micro: Batch, count: Tensor, kl_coef: float, shown: ptx.Shown | None
+    ) -> dict[str, Tensor]:
+        """One micro-batch through the policy; each statistic is its part of the minibatch mean."""
+        cfg, sampling, policy = self.cfg, self.sampling, self.policy
+        everything = logits = temperate_logits(policy.module, micro, sampling)
+        if sampling.truncates:
+            logits = restrict(everything, micro.responses, micro.floors)
+        mask = micro.response_mask
+        new_logprobs = torch.where(mask, losses.logprobs_of(logits, micro.responses), 0.0)
+        self.ratios.append((new_logprobs.detach() - micro.old_logprobs)[mask].exp())
+        loss, stats = losses.ppo_policy_loss(
+            new_logprobs,
+            micro.old_logprobs,
+            micro.advantages,
             mask,
-            estimator=cfg.ppo.kl_estimator,
+            cliprange=cfg.cliprange,
+            cliprange_high=cfg.cliprange_high,
+            dual_clip=cfg.dual_clip,
             count=count,
         )
-        loss, stats = loss + kl_coef * kl, stats | {"loss/kl": kl, **more}
-    if cfg.ppo.entropy_coef:
-        entropy = masked_mean(losses.entropy_of(logits), mask, count=count)
-        loss, stats = loss - cfg.ppo.entropy_coef * entropy, stats | {"policy/entropy": entropy}
-    if shown is not None:
-        imitation = ptx.loss(policy.module, shown)
-        loss, stats = loss + cfg.ppo.ptx_coef * imitation, stats | {"loss/ptx": imitation}
-    policy.backward(loss)
-    policy.step()
-    return stats
+        stats = {"loss/policy": loss, **stats}
+        if cfg.kl_in == "loss":
+            plain = new_logprobs
+            if sampling.truncates:
+                plain = losses.logprobs_of(everything, micro.responses)
+            kl, more = losses.kl_loss(
+                plain, micro.ref_logprobs, mask, estimator=cfg.kl_estimator, count=count
+            )
+            loss, stats = loss + kl_coef * kl, stats | {"loss/kl": kl, **more}
+        if cfg.entropy_coef:
+            entropy = masked_mean(losses.entropy_of(logits), mask, count=count)
+            loss, stats = loss - cfg.entropy_coef * entropy, stats | {"policy/entropy": entropy}
+        if shown is not None:
+            imitation = ptx.loss(policy.module, shown)
+            loss, stats = loss + cfg.ptx_coef * imitation, stats | {"loss/ptx": imitation}
+        policy.backward(loss)
+        policy.step()
+        return stats
+
+    def _train_critic(self, critic: Engine, micro: Batch, count: Tensor) -> dict[str, Tensor]:
+        """The same for the critic."""
+        clip = self.cfg.cliprange_value
+        assert micro.old_values is not None
+        loss, stats = losses.ppo_value_loss(
+            values(critic.module, micro),
+            micro.old_values,
+            micro.returns,
+            micro.response_mask,
+            cliprange_value=math.inf if clip is None else clip,
+            count=count,
+        )
+        critic.backward(self.cfg.vf_coef * loss)
+        critic.step()
+        return {"loss/value": loss, **stats}
 
 
-def _train_critic(critic: Engine, micro: Batch, count: Tensor, cfg: PPOStage) -> dict[str, Tensor]:
-    """The same for the critic."""
-    assert micro.old_values is not None
-    loss, stats = losses.ppo_value_loss(
-        values(critic.module, micro),
-        micro.old_values,
-        micro.returns,
-        micro.response_mask,
-        cliprange_value=math.inf if cfg.ppo.cliprange_value is None else cfg.ppo.cliprange_value,
-        count=count,
-    )
-    critic.backward(cfg.ppo.vf_coef * loss)
-    critic.step()
-    return {"loss/value": loss, **stats}
+@dataclass
+class _State:
+    """Of a learner without a critic: the folders of its parts."""
+
+    policy: Path
+    model: Path
+
+
+@dataclass
+class _WithCritic(_State):
+    critic: Path
 
 
 SHOWN = 10_000  # values of a distribution, at most, of each process

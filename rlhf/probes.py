@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from torch import nn
 
-from rlhf import card, evaluate, models, roles
+from rlhf import card, engine, evaluate, models, roles
 from rlhf.card import Agreement, Card, Probe
-from rlhf.config import RMStage
+from rlhf.config import CardConfig, EngineConfig
 from rlhf.data import Split
 from rlhf.pairwise import Pair
 from rlhf.registry import Published
@@ -40,16 +40,38 @@ class HeldOutPairs:
     Attributes:
         split: its rows stand in the order of `ids`.
         ids: "chosen_ids" and "rejected_ids" of each, as `Renderer.pairs` gives them.
+        cfg, engine_cfg: the settings `card` and `engine`.
+        positions_taken: by the method, before the text.
+        max_response_tokens: of a probe.
+        batch_size: sequences per forward pass.
     """
 
     split: Split
     ids: list[dict[str, list[int]]]
     renderer: Renderer
-    cfg: RMStage
+    cfg: CardConfig
+    engine_cfg: EngineConfig
+    positions_taken: int
+    max_response_tokens: int
+    batch_size: int
 
     def scores(self, reward_model: nn.Module) -> Scores:
         """Of every pair."""
         return self._pair_scores(reward_model, self.ids)
+
+    def measure(
+        self, reward_model: nn.Module, others: Sequence[Published], positions: int | None
+    ) -> tuple[dict[str, float], Card | None]:
+        """Accuracy and margin on the pairs, with what the card measures, and the card.
+
+        Args:
+            others, positions: as in `card`.
+        """
+        with engine.whole(reward_model):
+            scores = self.scores(reward_model)
+            metrics = evaluate.pairs(self.ids, *scores)
+            report = self.card(reward_model, scores, others, positions)
+        return metrics | (report.metrics if report is not None else {}), report
 
     def card(
         self,
@@ -65,10 +87,10 @@ class HeldOutPairs:
             others: reward models whose preferences are compared.
             positions: how many the model has; what does not fit is not asked.
         """
-        if not self.cfg.card.enabled:
+        if not self.cfg.enabled:
             return None
         pairs = self._pairs(scores)
-        room = None if positions is None else positions - self.cfg.method.positions
+        room = None if positions is None else positions - self.positions_taken
         return card.make(
             pairs,
             split=self.split.name,
@@ -79,7 +101,7 @@ class HeldOutPairs:
                 for rm in others
                 if (agreement := self._agreement(rm, pairs, positions)) is not None
             ],
-            bins=self.cfg.card.bins,
+            bins=self.cfg.bins,
         )
 
     def _pairs(self, scores: Scores) -> list[Pair]:
@@ -116,7 +138,7 @@ class HeldOutPairs:
         self, rm: Published, pairs: list[Pair], positions: int | None
     ) -> Agreement | None:
         """On the pairs that the other model has positions for; None where it has for none."""
-        other = roles.load_reward_model(rm, self.renderer.tokenizer, self.cfg.engine)
+        other = roles.load_reward_model(rm, self.renderer.tokenizer, self.engine_cfg)
         taken = models.read_method(rm).positions
         fits = [
             place
@@ -138,7 +160,7 @@ class HeldOutPairs:
     ) -> list[Probe]:
         """Each probe on pairs spread over the split; one that fits none of them is left out."""
         n = len(self.ids)
-        count = min(n, self.cfg.card.probe_pairs)
+        count = min(n, self.cfg.probe_pairs)
         places = [turn * n // count for turn in range(count)]
         made = [(place, self.worse(place)) for place in places]
         out = []
@@ -147,7 +169,7 @@ class HeldOutPairs:
                 place: prompt + answer
                 for place, (prompt, answers) in made
                 if (answer := answers.get(name)) is not None
-                and len(answer) <= self.cfg.data.max_response_tokens
+                and len(answer) <= self.max_response_tokens
                 and (room is None or len(prompt) + len(answer) <= room)
             }
             if asked:
@@ -168,7 +190,7 @@ class HeldOutPairs:
             "empty answer": [end],
             "truncated": [*chosen[: (len(chosen) - 1) // 2], end],
             "repeated": self.renderer.response(messages, f"{text} {text}"),
-            "flattery": self.renderer.response(messages, f"{text} {self.cfg.card.flattery}"),
+            "flattery": self.renderer.response(messages, f"{text} {self.cfg.flattery}"),
             "prompt echoed": self.renderer.response(messages, messages[-1]["content"]),
         }
         if (other := self._another(place)) is not None:
@@ -191,9 +213,9 @@ class HeldOutPairs:
         return self.renderer.prompt(row["prompt"])  # type: ignore[arg-type]
 
     def _pair_scores(self, reward_model: nn.Module, ids: list[dict[str, list[int]]]) -> Scores:
-        size = self.cfg.train.micro_batch_size
+        size = self.batch_size
         return evaluate.pair_scores(reward_model, ids, self.renderer.pad_id, batch_size=size)
 
     def _score(self, reward_model: nn.Module, sequences: list[list[int]]) -> list[float]:
-        size = self.cfg.train.micro_batch_size
+        size = self.batch_size
         return evaluate.score_all(reward_model, sequences, self.renderer.pad_id, size)

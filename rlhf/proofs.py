@@ -5,15 +5,16 @@ That the reference is the SFT model is proved by its golden logits (`golden.chec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rlhf import engine, models
 from rlhf.batch import Judged
-from rlhf.config import PPOStage
+from rlhf.config import SamplingConfig
 from rlhf.data import Row
 from rlhf.errors import ConfigError, RegistryError, StoppedByGuard
 from rlhf.ppo import logprobs
@@ -78,7 +79,9 @@ def _short(text: str) -> str:
 
 
 @torch.no_grad()
-def start(roles: Roles, batch: Judged, cfg: PPOStage) -> dict[str, float]:
+def start(
+    roles: Roles, batch: Judged, sampling: SamplingConfig, *, dtype: torch.dtype
+) -> dict[str, float]:
     """Before the first update: the policy is the reference, and training sees what was sampled.
 
     Policy and reference are held against each other in a training pass at other padding and
@@ -101,16 +104,16 @@ def start(roles: Roles, batch: Judged, cfg: PPOStage) -> dict[str, float]:
             prompts=nn.functional.pad(micro.prompts, (3, 0), value=int(micro.prompts[0, -1])),
             prompt_mask=nn.functional.pad(micro.prompt_mask, (3, 0), value=False),
         )
-        now = logprobs(roles.policy, padded, cfg.sampling)
+        now = logprobs(roles.policy, padded, sampling)
         own, then = (
-            logprobs(role, padded, cfg.sampling, restricted=False)
+            logprobs(role, padded, sampling, restricted=False)
             for role in (roles.policy, roles.reference)
         )
         found = torch.stack([own - then, (now - micro.old_logprobs).exp() - 1]).abs().amax((1, 2))
         worst = torch.maximum(worst, found.cpu())  # which keeps a nan, as Python's max does not
     roles.policy.train(training)
     kl, ratio = torch.stack(engine.gather_objects(worst)).amax(0).tolist()
-    kl_limit, ratio_limit = TOLERANCE[engine.dtype(cfg.engine)]
+    kl_limit, ratio_limit = TOLERANCE[dtype]
     if not (kl <= kl_limit and ratio <= ratio_limit):
         raise StoppedByGuard(
             f"before the first update the policy differs from its reference by {kl:.2e} nats on a "
@@ -129,20 +132,73 @@ def in_words(proof: Mapping[str, float]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Invariants:
+    """What the first update must find, and leave as it was.
+
+    Attributes:
+        roles, reward_models: all that take part; reference -> model.
+        sampling: the settings of that name.
+        micro_batch_size: rows that are asked about after the update.
+        dtype: that is trained in.
+        note: takes a line for the user.
+    """
+
+    roles: Roles
+    reward_models: Mapping[str, nn.Module]
+    sampling: SamplingConfig
+    micro_batch_size: int
+    dtype: torch.dtype
+    note: Callable[[str], None]
+
+    @contextlib.contextmanager
+    def around(self, step: int, batch: Judged) -> Iterator[dict[str, float]]:
+        """Prove what holds around the update of the block, in step 1; gives its numbers.
+
+        Raises:
+            StoppedByGuard: something does not hold.
+        """
+        if step > 1:
+            yield {}
+            return
+        found = start(self.roles, batch, self.sampling, dtype=self.dtype)
+        self.note(in_words(found))
+        frozen = Frozen(
+            self.roles,
+            self.reward_models,
+            batch,
+            self.sampling,
+            micro_batch_size=self.micro_batch_size,
+            dtype=self.dtype,
+        )
+        yield found
+        self.note(frozen.prove())
+
+
 class Frozen:
     """Reference and reward models, held against themselves after the first update.
 
     Args:
         roles: before any update.
         reward_models: reference -> model.
-        batch: a judged rollout.
+        batch: a judged rollout, of which the first rows are asked about.
+        sampling: the settings of that name.
+        dtype: that is trained in.
     """
 
     def __init__(
-        self, roles: Roles, reward_models: Mapping[str, nn.Module], batch: Judged, cfg: PPOStage
+        self,
+        roles: Roles,
+        reward_models: Mapping[str, nn.Module],
+        batch: Judged,
+        sampling: SamplingConfig,
+        *,
+        micro_batch_size: int,
+        dtype: torch.dtype,
     ) -> None:
         self._roles, self._reward_models = roles, reward_models
-        self._probe, self._cfg = next(batch.micro(cfg.ppo.micro_batch_size)), cfg
+        self._sampling, self._dtype = sampling, dtype
+        self._probe = next(batch.micro(micro_batch_size))
         self._before = self._say()
 
     @torch.no_grad()
@@ -151,9 +207,7 @@ class Frozen:
             name: models.scores(model, self._probe.ids, self._probe.mask)
             for name, model in self._reward_models.items()
         }
-        return {
-            "reference": logprobs(self._roles.reference, self._probe, self._cfg.sampling)
-        } | said
+        return {"reference": logprobs(self._roles.reference, self._probe, self._sampling)} | said
 
     def prove(self) -> str:
         """After an update: they say what they said, and no gradient has reached them.
@@ -163,7 +217,7 @@ class Frozen:
         """
         trained = [p for m in (self._roles.policy, self._roles.critic) if m for p in _trained(m)]
         named = {"reference": self._roles.reference, **self._reward_models}
-        limit, _ = TOLERANCE[engine.dtype(self._cfg.engine)]
+        limit, _ = TOLERANCE[self._dtype]
         now = self._say()
         for name, model in named.items():
             moved = float((now[name] - self._before[name]).abs().max())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import engine, models
-from rlhf.config import PPOStage
+from rlhf.config import DataConfig
 from rlhf.data import PromptStream, Split
 from rlhf.losses import logprobs_of
 from rlhf.masking import masked_mean
@@ -72,15 +72,22 @@ class Demonstrations:
             yield Shown(ids, mask, answer.bool(), count)
 
 
-def load(splits: Mapping[str, Split], renderer: Renderer, cfg: PPOStage) -> Demonstrations | None:
+def load(
+    splits: Mapping[str, Split],
+    renderer: Renderer,
+    cfg: DataConfig,
+    *,
+    seed: int,
+    micro_batch_size: int,
+) -> Demonstrations | None:
     """What `ppo.ptx_coef` mixes in; None without it. `splits`: see `data.demonstrations`."""
     if "ptx" not in splits:
         return None
     return Demonstrations(
-        renderer.sft(splits["ptx"], cfg.data),
-        seed=cfg.seed,
+        renderer.sft(splits["ptx"], cfg),
+        seed=seed,
         pad_id=renderer.pad_id,
-        micro_batch_size=cfg.ppo.micro_batch_size,
+        micro_batch_size=micro_batch_size,
     )
 
 

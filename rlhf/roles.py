@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import contract, engine
-from rlhf.config import EngineConfig, PPOStage
+from rlhf.config import EngineConfig
 from rlhf.methods import lora
 from rlhf.methods.settings import MethodConfig
 from rlhf.models import (
@@ -49,20 +49,56 @@ class Roles:
     reward_model: nn.Module | None
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Every model that takes part.
+
+    Attributes:
+        reward_models: reference -> model that is optimised; the first is the one in `roles`.
+        watching: reference -> the one that only watches, or none.
+    """
+
+    roles: Roles
+    reward_models: dict[str, nn.Module]
+    watching: dict[str, nn.Module]
+
+    @property
+    def readers(self) -> dict[str, nn.Module]:
+        """reference -> every reward model."""
+        return self.reward_models | self.watching
+
+
 def load_all(
-    sft: Published, rms: Sequence[Published], tokenizer: PreTrainedTokenizerBase, cfg: PPOStage
-) -> tuple[Roles, dict[str, nn.Module]]:
-    """The roles, and every reward model by its reference, as a stage's settings ask for them."""
+    sft: Published,
+    rms: Sequence[Published],
+    watching: Sequence[Published],
+    tokenizer: PreTrainedTokenizerBase,
+    method: MethodConfig,
+    engine_cfg: EngineConfig,
+    *,
+    share_backbone: bool | None,
+    needs_critic: bool,
+) -> Loaded:
+    """The roles, and every reward model by its reference; see `load_roles`.
+
+    Args:
+        rms: the reward models that are optimised.
+        watching: the one that only watches, or none.
+    """
     roles = load_roles(
         sft,
         rms[0] if rms else None,
         tokenizer,
-        cfg.method,
-        cfg.engine,
-        share_backbone=cfg.share_backbone,
-        needs_critic=cfg.algorithm.critic,
+        method,
+        engine_cfg,
+        share_backbone=share_backbone,
+        needs_critic=needs_critic,
     )
-    return roles, load_reward_models(roles, rms, tokenizer, cfg.engine)
+    return Loaded(
+        roles,
+        load_reward_models(roles, rms, tokenizer, engine_cfg),
+        {rm.reference: load_reward_model(rm, tokenizer, engine_cfg) for rm in watching},
+    )
 
 
 def load_roles(
@@ -122,13 +158,6 @@ def load_reward_models(
     own = {rm.reference: load_reward_model(rm, tokenizer, engine_cfg) for rm in rms[1:]}
     first = {} if roles.reward_model is None else {rms[0].reference: roles.reward_model}
     return first | own
-
-
-def load_watcher(
-    second: Sequence[Published], tokenizer: PreTrainedTokenizerBase, engine_cfg: EngineConfig
-) -> dict[str, nn.Module]:
-    """reference -> the reward model that only watches, where there is one."""
-    return {rm.reference: load_reward_model(rm, tokenizer, engine_cfg) for rm in second}
 
 
 def load_reward_model(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf import engine, libraries
-from rlhf.config import PPOStage, SamplingConfig
+from rlhf.config import SamplingConfig
+from rlhf.data import PromptStream, Row
 from rlhf.ranks import rank, world_size
 from rlhf.text import Renderer
 
@@ -136,40 +137,79 @@ def sample(
     return _stack(parts, pad_id)
 
 
-def draw(
-    policy: nn.Module,
-    prompts: list[list[int]],
-    cfg: PPOStage,
-    renderer: Renderer,
-    *,
-    step: int,
-) -> Rollout:
-    """This process's share of one step's rollout; the noise depends on (seed, step, place).
+@dataclass(frozen=True)
+class Prompt:
+    """One answer that is asked for.
 
-    Each prompt is answered `sampling.per_prompt` times, in consecutive rows of one process.
+    Attributes:
+        ids: token ids of the prompt.
+        row: of the data.
+        key: names its noise: its place among all answers of a step, over all processes.
     """
-    return sample(
-        policy,
-        share(prompts, cfg),
-        keys=_places(len(prompts), cfg),
-        seed=mix(mix(cfg.seed) + step),
-        cfg=cfg.sampling,
-        pad_id=renderer.pad_id,
-        eos_id=renderer.eos_id,
-        device=engine.device(),
-    )
+
+    ids: list[int]
+    row: Row
+    key: int
 
 
-def share(asked: Sequence[T], cfg: PPOStage) -> list[T]:
-    """What belongs to each row that `draw` gives this process, of one thing per prompt."""
-    each = cfg.sampling.per_prompt or 1
-    return [asked[place // each] for place in _places(len(asked), cfg)]
+class Prompts:
+    """The prompts of each step, as they are shared out to the processes.
+
+    Args:
+        ids: token ids of each prompt, by row of the data.
+        rows: of the data.
+        seed: of the order.
+        answers: per step, over all processes.
+        per_prompt: answers to each prompt, in consecutive rows of one process.
+    """
+
+    def __init__(
+        self, ids: list[list[int]], rows: list[Row], *, seed: int, answers: int, per_prompt: int
+    ) -> None:
+        self._stream, self._rows = PromptStream(ids, seed), rows
+        self._size, self._per_prompt = answers // per_prompt, per_prompt
+
+    def batch(self, step: int) -> list[Prompt]:
+        """What this process answers in step 1, 2, ..."""
+        places = self._stream.places(step, self._size)
+        asked = share(places, per_prompt=self._per_prompt)
+        return [Prompt(self._stream.prompts[at], self._rows[at], key) for key, at in asked]
 
 
-def _places(prompts: int, cfg: PPOStage) -> list[int]:
-    """The places, among all answers of a step, of those that this process draws."""
-    each = cfg.sampling.per_prompt or 1
-    return [place for place in range(prompts * each) if place // each % world_size() == rank()]
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the answers of a step; the noise depends on (seed, step, key) alone.
+
+    Attributes:
+        policy: a language model.
+        renderer: has the ids of the pad and the end token.
+        cfg: the `sampling` settings.
+        seed: of the run.
+    """
+
+    policy: nn.Module
+    renderer: Renderer
+    cfg: SamplingConfig
+    seed: int
+
+    def rollout(self, prompts: Sequence[Prompt], *, step: int) -> Rollout:
+        """One answer to each prompt, see `sample`."""
+        return sample(
+            self.policy,
+            [prompt.ids for prompt in prompts],
+            keys=[prompt.key for prompt in prompts],
+            seed=mix(mix(self.seed) + step),
+            cfg=self.cfg,
+            pad_id=self.renderer.pad_id,
+            eos_id=self.renderer.eos_id,
+            device=engine.device(),
+        )
+
+
+def share(asked: Sequence[T], *, per_prompt: int) -> list[tuple[int, T]]:
+    """This process's part of the answers to `asked`, each with its place among all of them."""
+    mine = (n for n in range(len(asked) * per_prompt) if n // per_prompt % world_size() == rank())
+    return [(place, asked[place // per_prompt]) for place in mine]
 
 
 def _generate(

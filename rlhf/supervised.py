@@ -10,7 +10,8 @@ import inspect
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf import engine, libraries, losses, models, ranks
+from rlhf.checkpointing import Checkpoints
 from rlhf.config import EngineConfig, TrainConfig
 from rlhf.errors import StoppedByGuard
-from rlhf.keeper import Keeper
 from rlhf.methods import courses, lora_drop
 from rlhf.methods.settings import LoraDropConfig, MethodConfig
+from rlhf.state import read_state
 from rlhf.tracking import Tracker
 
 Rows = list[dict[str, list[int]]]
@@ -106,6 +108,9 @@ def train_sft(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Rows,
     eval_rows: Rows,
+    cfg: TrainConfig,
+    engine_cfg: EngineConfig,
+    method: MethodConfig | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """Minimise the mean negative log-likelihood of answer tokens; see `_train`."""
@@ -117,6 +122,9 @@ def train_sft(
         tokenizer,
         train_rows,
         eval_rows,
+        cfg,
+        engine_cfg,
+        method,
         best_by="eval/loss",
         **options,
     )
@@ -127,6 +135,9 @@ def train_rm(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Rows,
     eval_rows: Rows,
+    cfg: TrainConfig,
+    engine_cfg: EngineConfig,
+    method: MethodConfig | None = None,
     *,
     center_coef: float,
     **options: Any,
@@ -140,6 +151,9 @@ def train_rm(
         tokenizer,
         train_rows,
         eval_rows,
+        cfg,
+        engine_cfg,
+        method,
         best_by="eval/accuracy",
         **options,
     )
@@ -153,14 +167,14 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Rows,
     eval_rows: Rows,
-    *,
     cfg: TrainConfig,
     engine_cfg: EngineConfig,
+    method: MethodConfig | None,
+    *,
     seed: int,
     best_by: str,
-    keeper: Keeper,
+    checkpoints: Checkpoints,
     tracker: Tracker | None = None,
-    method: MethodConfig | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Train `model` in place; it ends with the weights of the best evaluation.
@@ -169,7 +183,7 @@ def _train(
         model: ready to train (adapters attached, the rest frozen).
         train_rows, eval_rows: token ids as `Renderer.sft` or `Renderer.pairs` gives them.
         best_by: the held-out number that decides: "eval/loss" (lowest) or "eval/accuracy".
-        keeper: writes checkpoints, and knows where an interrupted run goes on.
+        checkpoints: writes them, and knows where an interrupted run goes on.
         tracker: gets every number; None on all processes but the main one.
         method: what made `model` ready, where that does more than to choose what is trained.
         note: gets a line for the user.
@@ -183,22 +197,25 @@ def _train(
         StoppedByGuard: a loss, a gradient norm or a held-out number is not finite, or gradients
             overflow in fp16 whatever the scale of the loss; and no evaluation before that was.
     """
-    _forget_what_is_no_best(keeper)
     rows = cfg.batch_size // ranks.world_size()
     micro = ranks.rows_per_pass(rows, cfg.micro_batch_size)
     accumulation = rows // micro
     steps = optimizer_steps(cfg, len(train_rows))
-    course = courses.of(method, model, cfg, steps)
+    course, evaluations = courses.of(method, model, cfg, steps), Evaluations()
+    state = TrainerState()
+    checkpoints.track(trainer=state, course=course, evaluations=evaluations)
     if isinstance(method, LoraDropConfig):
-        _share(model, tokenizer, train_rows, method, cfg, engine_cfg, seed, micro, keeper)
+        layers = lora_drop.Sharing()
+        checkpoints.track(lora_drop=layers)
+        _share(model, tokenizer, train_rows, method, cfg, engine_cfg, seed, micro, layers)
     computing = torch.get_num_threads()
-    start = None if keeper.folder is None else trainer_folder(keeper.folder)
+    start = None if state.folder is None else trainer_folder(state.folder)
     converted = start is not None and engine.is_universal(start)
     with tempfile.TemporaryDirectory() as scratch:  # TRL wants a folder; it writes nothing
         args = config_class(
             output_dir=scratch,
             max_steps=steps,
-            eval_on_start=keeper.step == 0,
+            eval_on_start=checkpoints.step == 0,
             seed=seed,
             deepspeed=engine.deepspeed_config(
                 engine_cfg,
@@ -222,39 +239,93 @@ def _train(
         torch.set_num_threads(computing)  # on a CPU accelerate takes one for each core
         for parameter, dtype in dtypes:  # TRL makes bf16 of what is trained on a base in 4 bits
             parameter.data = parameter.data.to(dtype)
-        trainer.keeper, trainer.engine_cfg, trainer.course = keeper, engine_cfg, course
+        trainer.checkpoints, trainer.engine_cfg, trainer.course = checkpoints, engine_cfg, course
+        state.trainer = trainer
         trainer.rows_per_epoch = len(train_rows) // cfg.batch_size * cfg.batch_size
         trainer.remove_callback(_printer())
-        report = _Report(keeper, tracker, best_by, trainer, cfg, engine_cfg)
+        report = _Report(
+            checkpoints, evaluations, tracker, best_by, trainer, cfg, engine_cfg, state.folder
+        )
         trainer.add_callback(report)
         kept = (len(trainer.train_dataset), len(trainer.eval_dataset))
         assert kept == (len(train_rows), len(eval_rows)), f"TRL kept {kept} rows"
         try:
-            with keeper.working():
-                if start is None:
+            with checkpoints.working():
+                if state.folder is None:
                     trainer.train()
-                elif keeper.step < steps and not report.patience_is_spent:
+                elif checkpoints.step < steps and not report.patience_is_spent:
                     trainer.train(resume_from_checkpoint=str(start))
                 else:  # interrupted after the last step
-                    models.load_trained(model, start.parent / "model")
+                    assert state.weights is not None
+                    models.load_trained(model, state.weights)
         finally:
             course.end()
             trainer.without_noise()
             engine.forget_trainer()
-    if report.patience_is_spent and keeper.step < steps:
+    if report.patience_is_spent and checkpoints.step < steps:
         note(
-            f"stopped at step {keeper.step} of {steps}: {cfg.patience} evaluations in a row found "
-            "nothing better (train.patience)"
+            f"stopped at step {checkpoints.step} of {steps}: {cfg.patience} evaluations in a row "
+            "found nothing better (train.patience)"
         )
-    if keeper.best is None:
+    if checkpoints.best.step is None:
         raise StoppedByGuard(
             f"no evaluation of this run gave a finite {best_by}, so there is no best model to "
             f"publish. {_way_out(cfg, engine_cfg)}"
         )
-    if best := keeper.best_folder():
+    if best := checkpoints.best_folder():
         models.load_trained(model, best / "model")
-    first = {f"start/{name}": value for name, value in keeper.state["first"].items()}
-    return first | keeper.state["best"]
+    first = {f"start/{name}": value for name, value in evaluations.first.items()}
+    return first | checkpoints.best.numbers
+
+
+@dataclass
+class Evaluations:
+    """What a trainer's evaluations have found.
+
+    Attributes:
+        first: the numbers before training; {} before there are any.
+        worse: how many in a row were no better than the best.
+    """
+
+    first: dict[str, float] = field(default_factory=dict)
+    worse: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        read = read_state(Evaluations, state, self)
+        self.first, self.worse = read.first, read.worse
+
+
+class TrainerState:
+    """A trainer's part of a checkpoint: it reads it itself, when training goes on.
+
+    Attributes:
+        trainer: set before the first checkpoint.
+        folder: what it wrote; None where training is new.
+        weights: those that others may load.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.folder: Path | None = None
+        self.weights: Path | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trainer": self.trainer, "model": models.Trained(self.trainer.model)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        read = read_state(_TrainerFolders, state, self)
+        self.folder, self.weights = read.trainer, read.model
+
+
+@dataclass
+class _TrainerFolders:
+    """Of the two parts of a `TrainerState`."""
+
+    trainer: Path
+    model: Path
 
 
 def _arguments(
@@ -287,17 +358,6 @@ def _arguments(
         "disable_tqdm": True,
         "report_to": [],
     }
-
-
-def _forget_what_is_no_best(keeper: Keeper) -> None:
-    """Of a checkpoint: a best evaluation with a number that is none, as older versions kept it.
-
-    A reward model whose scores are all nan has an accuracy of 0, which is a number.
-    """
-    if not all(map(math.isfinite, keeper.state.get("best", {}).values())):
-        keeper.best = None
-    if keeper.best is None:
-        keeper.state.pop("best", None)
 
 
 def _refuse_no_number(
@@ -340,11 +400,11 @@ def _share(
     engine_cfg: EngineConfig,
     seed: int,
     micro: int,
-    keeper: Keeper,
+    layers: lora_drop.Sharing,
 ) -> None:
     """Measure which layers may share one LoRA, unless this run did so before, and let them."""
     assert isinstance(model, peft.PeftModel)
-    plan: lora_drop.Plan | None = keeper.state.get("lora_drop")
+    plan = layers.plan
     if plan is None:
         model.to(engine.device())
         models.recompute(model, engine_cfg)
@@ -360,7 +420,7 @@ def _share(
             seed=seed,
         )
         plan = engine.from_main(lambda: own)  # one for all, whatever rounding did elsewhere
-    keeper.state["lora_drop"] = plan
+    layers.plan = plan
     lora_drop.apply(model, plan)
 
 
@@ -396,10 +456,10 @@ def _plain_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> lora_dr
     return lambda rows: pairs(rows) if "chosen_ids" in rows[0] else sft(rows)
 
 
-def trainer_folder(checkpoint: Path) -> Path:
-    """What the Trainer wrote in one of our checkpoints."""
-    (folder,) = checkpoint.glob("checkpoint-*")
-    return folder
+def trainer_folder(folder: Path) -> Path:
+    """What the Trainer wrote in its part of one of our checkpoints."""
+    (written,) = folder.glob("checkpoint-*")
+    return written
 
 
 class _Keeping:
@@ -408,7 +468,7 @@ class _Keeping:
     batches; its optimizer is ours where the states are offloaded, or where the method's course has
     groups of its own, and so is its schedule."""
 
-    keeper: Keeper
+    checkpoints: Checkpoints
     engine_cfg: EngineConfig
     course: courses.Course
     rows_per_epoch: int
@@ -462,9 +522,10 @@ class _Keeping:
             return super().train(*args, **options)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.keeper.save(self._write)
+        self.checkpoints.save()
 
-    def _write(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """This trainer's part of a checkpoint; every process calls it."""
         this: Any = self
         this.args.output_dir = str(folder)
         Trainer._save_checkpoint(this, this.model, None)  # TRL's would add a model card
@@ -475,8 +536,6 @@ class _Keeping:
             "accumulation": this.args.gradient_accumulation_steps,
         }
         (trainer_folder(folder) / f"sums_{ranks.rank()}.json").write_text(json.dumps(sums))
-        models.save_trained(this.model, folder / "model")
-        self.course.save(folder)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out means over pairs (RM) or answer tokens (SFT), however they are split.
@@ -512,7 +571,7 @@ class _Keeping:
         """Nothing: the trained weights are beside it, in the form that others load."""
 
     def restore_sums(self, folder: Path) -> None:
-        """Go on with the sums of a checkpoint, at the start of training.
+        """Go on with the sums that `save` wrote, at the start of training.
 
         Metrics are means over processes, one for each micro-batch of a step.
         """
@@ -567,42 +626,46 @@ def _printer() -> type[TrainerCallback]:
 
 
 class _Report(TrainerCallback):
-    """A trainer's numbers to the tracker under our names; steps and evaluations to the keeper."""
+    """A trainer's numbers to the tracker under our names; its steps to the checkpoints."""
 
     def __init__(
         self,
-        keeper: Keeper,
+        checkpoints: Checkpoints,
+        evaluations: Evaluations,
         tracker: Tracker | None,
         best_by: str,
         trainer: Any,
         cfg: TrainConfig,
         engine_cfg: EngineConfig,
+        going_on_from: Path | None,
     ) -> None:
-        self.keeper, self.tracker, self.trainer = keeper, tracker, trainer
+        self.going_on_from = going_on_from  # what the trainer wrote before
+        self.checkpoints, self.evaluations = checkpoints, evaluations
+        self.tracker, self.trainer = tracker, trainer
         self.best_by, self.sign = best_by, -1.0 if best_by == "eval/loss" else 1.0
         self.cfg, self.engine_cfg, self.patience = cfg, engine_cfg, cfg.patience
 
     @property
     def patience_is_spent(self) -> bool:
         """Whether so many evaluations in a row were no better than one before."""
-        return self.patience is not None and self.keeper.state.get("worse", 0) >= self.patience
+        return self.patience is not None and self.evaluations.worse >= self.patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine.note_grad_norm(self.trainer.deepspeed)
-        if self.keeper.folder is not None:
+        if (folder := self.going_on_from) is not None:
             engine.separate_steps(self.trainer.deepspeed)
-            self.trainer.restore_sums(self.keeper.folder)
+            self.trainer.restore_sums(folder)
         optimizer = engine.torch_optimizer(self.trainer.deepspeed)
-        self.trainer.course.begin(optimizer, self.keeper.step, self.keeper.folder)
+        self.trainer.course.begin(optimizer, self.checkpoints.step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._refuse(self._of_this_step(), state.global_step)  # no checkpoint may hold it
         self.trainer.course.end_step(state.global_step)
-        if self.keeper.end_step(state.global_step):
+        if self.checkpoints.end_step(state.global_step):
             control.should_save = True
         if state.global_step == state.max_steps:
             control.should_evaluate = True
-        control.should_training_stop |= self.keeper.stopping
+        control.should_training_stop |= self.checkpoints.stopping
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         numbers = {NAMES[name]: value for name, value in (logs or {}).items() if name in NAMES}
@@ -630,14 +693,14 @@ class _Report(TrainerCallback):
         _refuse_no_number(numbers, step, self.cfg, self.engine_cfg)
 
     def _held_out(self, numbers: dict[str, float], step: int, control: Any) -> None:
-        found = self.keeper.state
-        found.setdefault("first", numbers)
+        found = self.evaluations
+        found.first = found.first or numbers
         if step == 0:
             return
-        if self.keeper.consider(self.sign * numbers[self.best_by]):
-            found["best"], found["worse"] = numbers, 0
+        if self.checkpoints.consider(self.sign * numbers[self.best_by], numbers):
+            found.worse = 0
             control.should_save = True
             return
-        found["worse"] = found.get("worse", 0) + 1
+        found.worse += 1
         if self.patience_is_spent:
             control.should_save = control.should_training_stop = True

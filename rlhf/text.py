@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import loading
-from rlhf.config import DataConfig, TemplateConfig
+from rlhf.config import DataConfig, ModelConfig, TemplateConfig
 from rlhf.data import Message, Split, accept_bad
 from rlhf.errors import ConfigError, DataError, RegistryError
 from rlhf.registry import Published
@@ -74,6 +74,31 @@ def _settle_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
             "pad_token in tokenizer_config.json to an unused token."
         )
     tokenizer.pad_token = pad
+
+
+def load_renderer(model: ModelConfig, template: TemplateConfig) -> tuple[Renderer, list[str]]:
+    """The renderer of a base model, and the tokens that the template made its tokenizer learn.
+
+    Raises:
+        ConfigError: see `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(model.path, template=template, revision=model.revision)
+    added = add_tokens(tokenizer, template)
+    return Renderer(tokenizer), added
+
+
+def longest(rendered: Mapping[str, Sequence[Any]]) -> int:
+    """Tokens of the longest sequence in splits as a `Renderer` gives them."""
+    return max(map(len, sequences(rendered)))
+
+
+def sequences(rendered: Mapping[str, Sequence[Any]]) -> list[list[int]]:
+    """Every sequence of token ids in splits as a `Renderer` gives them."""
+    names = ("input_ids", "chosen_ids", "rejected_ids")
+    found = []
+    for row in (row for split in rendered.values() for row in split):
+        found += [row[name] for name in names if name in row] if isinstance(row, dict) else [row]
+    return found
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, template: TemplateConfig) -> list[str]:

@@ -3,159 +3,176 @@
 python stages/ppo.py run=tiny run_name=kl01 ppo.kl_coef=0.1
 """
 
-from functools import partial
-from typing import Any
+from __future__ import annotations
 
-from rlhf import compatibility, config, contract, data, guards, rewards, threads
+from typing import TYPE_CHECKING, NamedTuple
+
+from rlhf import config, contract, overoptimisation
+from rlhf.inputs import PPOInputs, prepare_ppo
 from rlhf.launch import stage
 from rlhf.registry import Registry
-from rlhf.session import open_session
+from rlhf.rewards import Rewards
+from rlhf.stage_run import StageRun, open_run
+
+if TYPE_CHECKING:  # these load torch
+    from rlhf.controllers import AdaptiveKL, FixedKL
+    from rlhf.evaluate import HeldOut
+    from rlhf.monitor import StoppingRules
+    from rlhf.ppo import Judge, Learner
+    from rlhf.proofs import Invariants
+    from rlhf.roles import Roles
+    from rlhf.rollout import Prompts, Sampler
 
 
 @stage("ppo")
 def main(cfg: config.PPOStage) -> None:
-    functions = rewards.load_functions(cfg.reward)
-    sft, rms = contract.ppo_parents(Registry(cfg.runs_dir), cfg)
-    second = contract.watcher(Registry(cfg.runs_dir), cfg, sft, rms)
-    splits = data.load("ppo", cfg.data)
-    shown = data.demonstrations(cfg, sft.manifest.config)
-    gold = data.gold_function(cfg.data)
-    rewards.rehearse(functions, splits["train"].rows[:1])
-    used = splits | shown | rewards.as_data(functions)
-    parents = {"policy": sft} | contract.reward_roles(rms, second)
-    with open_session(cfg, used, parents) as session:
-        if session.finished:
+    inputs = prepare(cfg)
+    with open_run(cfg, inputs.data, inputs.parents, notes=inputs.notes) as run:
+        if run.finished:
             return
-        compatibility.check(cfg)
-        for note in contract.card_notes([*rms, *second]):
-            session.note(note)
-        from rlhf import (
-            engine,
-            evaluate,
-            golden,
-            models,
-            monitor,
-            overoptimisation,
-            ppo,
-            proofs,
-            ptx,
-            rollout,
-            text,
-        )
-        from rlhf.roles import load_all, load_watcher
+        with run.loading():
+            parts = load(cfg, inputs, run)
+        from rlhf import evaluate, golden, ppo
 
-        with session.phase("load"):
-            engine.start(cfg.seed)
-            for note in guards.check_device(cfg):
-                session.note(note)
-            engine.rehearse(cfg.engine)
-            renderer, readers = text.renderers(sft, [*rms, *second], cfg.template)
-            prompts = {name: renderer.prompts(split, cfg.data) for name, split in splits.items()}
-            train = splits["train"].rows
-            session.note(proofs.same_text(renderer, readers, train))
-            longest = max(len(ids) for split in prompts.values() for ids in split)
-            lower = "sampling.max_new_tokens or data.max_prompt_tokens"
-            contract.check_positions(sft, longest + cfg.room, lower)
-            stream = data.PromptStream(prompts["train"], cfg.seed)
-            demonstrations = ptx.load(shown, renderer, cfg)
-            roles, reward_models = load_all(sft, rms, renderer.tokenizer, cfg)
-            reward = rewards.Rewards(cfg.reward, functions, reward_models)
-            seconds = load_watcher(second, renderer.tokenizer, cfg.engine)
-            scoring = [*reward_models.values(), *seconds.values()]
-            session.note(threads.settle(models.largest(roles.policy, *scoring)))
-            rows = splits["validation"].rows
-            held_out = evaluate.HeldOut(rows, renderer, cfg, gold, reward, *seconds.values())
-            each = cfg.sampling.per_prompt or 1
-            policy, critic = ppo.engines(
-                roles.policy, roles.critic, cfg.ppo, cfg.engine, cfg.method
-            )
-        session.opening(splits | shown, *models.count_parameters(roles.policy))
-        session.note(golden.check_roles(roles, reward_models | seconds, sft, [*rms, *second]))
-
-        keeper = session.keeper(cfg.ppo.steps, cfg.ppo.save_every)
-        if keeper.folder is not None:
-            ppo.load(policy, critic, keeper.folder)
-        price = ppo.kl_controller(cfg.ppo)
-        price.load(keeper.state.get("price", price.state()))
-        watch = monitor.Monitor(cfg, session.path, renderer, keeper.state.get("watch"))
-        course = overoptimisation.Course.of(held_out.measure, keeper.state.get("course"))
-        with session.tracker(keeper) as tracker:
-            before = held_out.answers(roles.reference, roles)
-            held_out.expect_numbers(before)
-            held_out.follow(course, before, step=0)
-            standard = ppo.standard_scores(before.scores, cfg.ppo)
-            watching = watch.explaining(roles.policy)
-            with session.phase("train"), keeper.working(), watching:
-                for step in keeper.steps(partial(ppo.save, policy, critic)):
-                    with session.timed("time/rollout"):
-                        asked = stream.batch(step, cfg.ppo.batch_size // each)
-                        drawn = rollout.draw(roles.policy, asked, cfg, renderer, step=step)
-                    with session.timed("time/score"):
-                        rows = [train[place] for place in stream.places(step, len(asked))]
-                        rows = rollout.share(rows, cfg)
-                        verdict, spread = ppo.score(drawn, reward, rows, renderer, cfg)
-                        batch = ppo.judge(drawn, verdict.scores, roles, cfg, **standard)
-                        coef = price.coef
-                        batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=coef)
-                        stats |= spread | {"episode": step * cfg.ppo.batch_size}
-                        watch.see(batch, stats, step=step)
-                    if step == 1:
-                        stats |= proofs.start(roles, batch, cfg)
-                        session.note(proofs.in_words(stats))
-                        frozen = proofs.Frozen(roles, reward_models, batch, cfg)
-                    with session.timed("time/update"):
-                        ratios: list[Any] = []
-                        learn = partial(ppo.update, kl_coef=coef, demonstrations=demonstrations)
-                        stats |= learn(policy, critic, batch, cfg, step=step, ratios=ratios)
-                        price.update(stats["objective/kl"], cfg.ppo.batch_size)
-                    if step == 1:
-                        session.note(frozen.prove())
-                    watch.check(stats, step=step)
-                    if keeper.at(step, cfg.ppo.eval_every):
-                        answers = held_out.answers(roles.policy, roles)
-                        now = held_out.compare(before, answers)
-                        watch.held_out(now, step=step)
-                        keeper.consider(ppo.worth(now, cfg.ppo))
-                        stats |= now
-                        for warning in held_out.follow(course, answers, step=step):
-                            session.note(warning)
-                        session.write(overoptimisation.FILE, course.text())
-                        kept = held_out.progress(before, answers)
-                        session.log_detail(tracker, kept, ppo.distributions(batch, ratios), step)
-                    session.log(tracker, stats, step=step, tokens=ppo.tokens(batch))
-                    keeper.state |= {"stats": stats, "price": price.state()}
-                    if keeper.is_best:
-                        keeper.state["best"] = stats
-                    keeper.state |= {"watch": watch.state, "course": course.state}
-            if best := keeper.best_folder():
-                models.load_trained(roles.policy, best / "model")
-            after = held_out.answers(roles.policy, roles)
-            published = keeper.state.get("best", keeper.state["stats"])
-            metrics = published | held_out.compare(before, after)
-            ppo.expect_publishable(metrics, step=keeper.step)
-            session.log_final(tracker, metrics, step=keeper.step)
-
-        samples = held_out.samples(before, after)
-        session.show_samples(samples)
-        with session.phase("publish"):
-            session.publish_model(models.publish, roles.policy, renderer.tokenizer)
-            facts = golden.write_logits(
-                roles.policy,
-                prompts["validation"],
-                renderer.pad_id,
-                session.model_dir,
-                engine.dtype(cfg.engine),
-            )
-        session.publish(
-            base=sft.manifest.base,
-            tokenizer=engine.from_main(text.published_facts, session.model_dir),
-            splits=used,
+        roles, prompts, sampler, judge, learner, kl, held_out, stopping, invariants = parts
+        run.begin(roles.policy, steps=cfg.ppo.steps, save_every=cfg.ppo.save_every)
+        run.track(learner=learner, kl=kl, stopping=stopping, course=held_out.course)
+        judge.standardize(held_out.baseline().scores)
+        with run.training() as steps, stopping.explaining(roles.policy):
+            for step in steps:
+                with run.timed("time/rollout"):
+                    asked = prompts.batch(step)
+                    rollout = sampler.rollout(asked, step=step)
+                with run.timed("time/score"):
+                    judged, terms = judge(rollout, [prompt.row for prompt in asked])
+                    batch, objective = ppo.estimate_advantages(
+                        judged, cfg.ppo, cfg.algorithm, cfg.sampling, kl_coef=kl.coef
+                    )
+                    stats = terms | objective
+                    stopping.observe(batch, stats, step=step)
+                with invariants.around(step, batch) as proof, run.timed("time/update"):
+                    stats |= proof | learner.update(batch, step=step, kl_coef=kl.coef)
+                    kl.update(stats["objective/kl"], cfg.ppo.batch_size)
+                stopping.check(stats, step=step)
+                if run.due(step, cfg.ppo.eval_every):
+                    stats |= held_out.evaluate()
+                    stopping.check_held_out(stats, step=step)
+                    run.consider(ppo.worth(stats, cfg.ppo), stats)
+                    run.note(*held_out.follow(step))
+                    run.write(overoptimisation.FILE, held_out.course.text())
+                    shown = ppo.distributions(batch, learner.ratios)
+                    run.log_evaluation(held_out.progress(), shown, step=step)
+                run.log(stats, step=step, tokens=ppo.tokens(batch))
+        run.load_best(roles.policy)
+        metrics = run.published_numbers() | held_out.evaluate()
+        run.log_final(ppo.expect_publishable(metrics, step=run.step))
+        run.show_samples(held_out.samples())
+        run.publish(
+            roles.policy,
+            held_out.renderer.tokenizer,
+            golden.write_logits,
+            held_out.prompts,
+            base=inputs.sft.manifest.base,
             metrics=metrics,
-            golden=facts,
-            where=engine.where(cfg.engine),
             summary=evaluate.ppo_summary(metrics),
-            warnings=course.said(),
+            warnings=held_out.course.said(),
         )
+
+
+def prepare(cfg: config.PPOStage) -> PPOInputs:
+    """Parents, rows and reward functions: found and checked, without torch."""
+    reading = contract.Reading(
+        cfg.data.max_prompt_tokens, cfg.sampling.max_new_tokens, cfg.allow_foreign_rm
+    )
+    inputs = prepare_ppo(
+        Registry(cfg.runs_dir),
+        cfg.policy_from,
+        reward=cfg.reward,
+        data_cfg=cfg.data,
+        ppo=cfg.ppo,
+        evaluation=cfg.evaluation,
+        reading=reading,
+    )
+    contract.check_beginning(
+        inputs.sft, inputs.reward_runs, cfg.method, cfg.engine, share_backbone=cfg.share_backbone
+    )
+    return inputs
+
+
+class Parts(NamedTuple):
+    """What takes part in PPO, in the order of a step."""
+
+    roles: Roles
+    prompts: Prompts
+    sampler: Sampler
+    judge: Judge
+    learner: Learner
+    kl: FixedKL | AdaptiveKL
+    held_out: HeldOut
+    stopping: StoppingRules
+    invariants: Invariants
+
+
+def load(cfg: config.PPOStage, inputs: PPOInputs, run: StageRun) -> Parts:
+    """Render the prompts, load every model, and prove that they are what their runs published."""
+    from rlhf import engine, evaluate, golden, monitor, ppo, proofs, ptx, rollout
+    from rlhf.roles import load_all
+
+    texts = inputs.render(cfg.template, cfg.data, room=cfg.room)
+    renderer, micro = texts.renderer, cfg.ppo.micro_batch_size
+    run.note(texts.proof)
+    models = load_all(
+        *(inputs.sft, inputs.reward_runs, inputs.watching, renderer.tokenizer),
+        *(cfg.method, cfg.engine),
+        share_backbone=cfg.share_backbone,
+        needs_critic=cfg.algorithm.critic,
+    )
+    roles, rows = models.roles, {name: split.rows for name, split in inputs.splits.items()}
+    run.settle_threads(roles.policy, *models.readers.values())
+    run.note(golden.check_roles(roles, models.readers, inputs.sft, inputs.readers))
+    reward = Rewards(cfg.reward, inputs.functions, models.reward_models)
+    shown = ptx.load(
+        inputs.demonstrations, renderer, cfg.data, seed=cfg.seed, micro_batch_size=micro
+    )
+    policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine, cfg.method)
+    return Parts(
+        roles=roles,
+        prompts=rollout.Prompts(
+            texts.prompts["train"],
+            rows["train"],
+            seed=cfg.seed,
+            answers=cfg.ppo.batch_size,
+            per_prompt=cfg.sampling.per_prompt or 1,
+        ),
+        sampler=rollout.Sampler(roles.policy, renderer, cfg.sampling, cfg.seed),
+        judge=ppo.Judge(reward, roles, renderer, cfg.ppo, cfg.sampling),
+        learner=ppo.Learner(policy, critic, cfg.ppo, cfg.sampling, cfg.seed, shown),
+        kl=ppo.kl_controller(cfg.ppo),
+        held_out=evaluate.HeldOut(
+            rows["validation"],
+            texts.prompts["validation"],
+            renderer,
+            roles,
+            reward,
+            gold=inputs.gold,
+            second=next(iter(models.watching.values()), None),
+            cfg=cfg.evaluation,
+            sampling=cfg.sampling,
+            seed=cfg.seed,
+            gold_path=cfg.data.gold,
+        ),
+        stopping=monitor.StoppingRules(
+            *(cfg.stop, cfg.ppo, cfg.sampling, run.path, renderer),
+            dtype=cfg.engine.dtype,
+            foreign=cfg.allow_foreign_rm,
+        ),
+        invariants=proofs.Invariants(
+            *(roles, models.reward_models, cfg.sampling),
+            micro_batch_size=micro,
+            dtype=engine.dtype(cfg.engine),
+            note=run.note,
+        ),
+    )
 
 
 if __name__ == "__main__":

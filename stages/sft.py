@@ -3,9 +3,20 @@
 python stages/sft.py run=tiny method=lora train.learning_rate=1e-3
 """
 
-from rlhf import compatibility, config, contract, data, guards, threads
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from rlhf import config, contract, data
 from rlhf.launch import stage
-from rlhf.session import open_session
+from rlhf.manifest import BaseModel
+from rlhf.stage_run import StageRun, open_run
+
+if TYPE_CHECKING:  # these load torch
+    from torch import nn
+
+    from rlhf.supervised import Rows
+    from rlhf.text import Renderer
 
 
 @stage("sft")
@@ -13,82 +24,76 @@ def main(cfg: config.SFTStage) -> None:
     splits = data.load("sft", cfg.data)
     contract.check_rows(cfg.train, splits["train"])
     gold = data.gold_function(cfg.data)
-    with open_session(cfg, splits) as session:
-        if session.finished:
+    with open_run(cfg, splits) as run:
+        if run.finished:
             return
-        compatibility.check(cfg)
-        from rlhf import engine, evaluate, golden, models, supervised, text
-        from rlhf.methods import tokens
+        with run.loading():
+            policy, renderer, rows, base, steps = load(cfg, splits, run)
+        from rlhf import evaluate, golden, supervised
 
-        with session.phase("load"):
-            engine.start(cfg.seed)
-            for note in guards.check_device(cfg):
-                session.note(note)
-            engine.rehearse(cfg.engine)
-            tokenizer = text.load_tokenizer(
-                cfg.model.path, template=cfg.template, revision=cfg.model.revision
+        run.begin(policy, steps=steps, save_every=cfg.train.save_every)
+        with run.phase("train"):
+            metrics = supervised.train_sft(
+                *(policy, renderer.tokenizer, rows["train"], rows["validation"]),
+                *(cfg.train, cfg.engine, cfg.method),
+                seed=cfg.seed,
+                checkpoints=run.checkpoints,
+                tracker=run.tracker,
+                note=run.note,
             )
-            added = text.add_tokens(tokenizer, cfg.template)
-            renderer = text.Renderer(tokenizer)
-            train_rows = renderer.sft(splits["train"], cfg.data)
-            eval_rows = renderer.sft(splits["validation"], cfg.data)
-            dtype = engine.dtype(cfg.engine)
-            base = models.load_base(
-                cfg.model, tokenizer, dtype=dtype, method=cfg.method, added=added
+        held_out = splits["validation"].rows
+        with run.phase("evaluate"):
+            asked = held_out[: cfg.evaluation.prompts]
+            metrics |= evaluate.ceiling(
+                policy, renderer, asked, cfg=cfg.sampling, seed=cfg.seed, gold=gold
             )
-            session.note(threads.settle(models.largest(base)))
-            rendered = [row["input_ids"] for row in (*train_rows, *eval_rows)]
-            longest = max(map(len, rendered))
-            positions = getattr(base.config, "max_position_embeddings", None)
-            contract.refuse_beyond(
-                positions, longest + cfg.method.positions, cfg.model.path, data.LENGTHS
-            )
-            base_facts = models.base_facts(cfg.model, base)
-            names = text.written(tokenizer, rendered)
-            if new := tokens.unseen(base, tokenizer, names, added=added):
-                session.note(tokens.check(new, tokenizer, cfg.method, cfg.engine))
-                tokens.grow(base, tokenizer)
-            steps = supervised.optimizer_steps(cfg.train, len(train_rows))
-            policy = models.trainable(
-                base, cfg.method, tokenizer=tokenizer, steps=steps, tokens=new
-            )
-        session.opening(splits, *models.count_parameters(policy))
-
-        keeper = session.keeper(steps, cfg.train.save_every)
-        with session.tracker(keeper) as tracker:
-            with session.phase("train"):
-                metrics = supervised.train_sft(
-                    policy,
-                    tokenizer,
-                    train_rows,
-                    eval_rows,
-                    cfg=cfg.train,
-                    method=cfg.method,
-                    engine_cfg=cfg.engine,
-                    seed=cfg.seed,
-                    keeper=keeper,
-                    tracker=tracker,
-                    note=session.note,
-                )
-            with session.phase("evaluate"):
-                metrics |= evaluate.ceiling(
-                    policy, renderer, splits["validation"].rows, cfg=cfg, gold=gold
-                )
-            session.log_final(tracker, metrics, step=keeper.step)
-
-        with session.phase("publish"):
-            session.publish_model(models.publish, policy, tokenizer)
-            probes = [renderer.prompt(row["prompt"]) for row in splits["validation"].rows]
-            facts = golden.write_logits(policy, probes, renderer.pad_id, session.model_dir, dtype)
-        session.publish(
-            base=base_facts,
-            tokenizer=engine.from_main(text.published_facts, session.model_dir),
-            splits=splits,
+        run.log_final(metrics)
+        run.publish(
+            policy,
+            renderer.tokenizer,
+            golden.write_logits,
+            [renderer.prompt(row["prompt"]) for row in held_out],
+            base=base,
             metrics=metrics,
-            golden=facts,
-            where=engine.where(cfg.engine),
             summary=evaluate.sft_summary(metrics),
         )
+
+
+class Loaded(NamedTuple):
+    """What SFT works with; `steps` of the optimizer there will be."""
+
+    policy: nn.Module
+    renderer: Renderer
+    rows: dict[str, Rows]
+    base: BaseModel
+    steps: int
+
+
+def load(cfg: config.SFTStage, splits: dict[str, data.Split], run: StageRun) -> Loaded:
+    """Render the rows, load the base model, and make it ready to train by the method."""
+    from rlhf import engine, models, supervised, text
+    from rlhf.methods import tokens
+
+    renderer, added = text.load_renderer(cfg.model, cfg.template)
+    tokenizer, dtype = renderer.tokenizer, engine.dtype(cfg.engine)
+    rows = {name: renderer.sft(split, cfg.data) for name, split in splits.items()}
+    model = models.load_base(cfg.model, tokenizer, dtype=dtype, method=cfg.method, added=added)
+    run.settle_threads(model)
+    longest = text.longest(rows) + cfg.method.positions
+    contract.refuse_beyond(models.max_positions(model), longest, cfg.model.path, data.LENGTHS)
+    base = models.base_facts(cfg.model, model)
+    new = tokens.make_room(
+        model,
+        tokenizer,
+        text.written(tokenizer, text.sequences(rows)),
+        added=added,
+        method=cfg.method,
+        engine=cfg.engine,
+        note=run.note,
+    )
+    steps = supervised.optimizer_steps(cfg.train, len(rows["train"]))
+    policy = models.trainable(model, cfg.method, tokenizer=tokenizer, steps=steps, tokens=new)
+    return Loaded(policy, renderer, rows, base, steps)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transformers import (
 from rlhf import cli, golden, models, text
 from rlhf.adopt import adopt
 from rlhf.config import CONF, DataConfig, PPOStage, SamplingConfig, TemplateConfig
-from rlhf.contract import check_pair
+from rlhf.contract import Reading, check_pair
 from rlhf.errors import ConfigError, RegistryError
 from rlhf.registry import Registry
 
@@ -84,6 +84,10 @@ def command(monkeypatch, *arguments) -> int:
     return int(ended.value.code or 0)
 
 
+def reading(cfg: PPOStage) -> Reading:
+    return Reading(cfg.data.max_prompt_tokens, cfg.sampling.max_new_tokens, cfg.allow_foreign_rm)
+
+
 def settings(**options) -> PPOStage:
     return PPOStage(run_name="a", data=DataConfig("rows.jsonl", max_prompt_tokens=64), **options)
 
@@ -93,7 +97,7 @@ def settings(**options) -> PPOStage:
 
 def test_sft_and_rm_are_published_as_any_run_is(registry, sft, rm_dir, tiny_model_dir):
     rm = adopt(registry, rm_dir, stage="rm", run_name="a", parent="sft/a").run
-    check_pair(sft, rm, settings())
+    check_pair(sft, rm, reading(settings()))
     assert registry.verify("sft/a") == registry.verify("rm/a") == []
     assert sft.manifest.base.name == str(tiny_model_dir)
     assert rm.manifest.base == sft.manifest.base
@@ -228,16 +232,16 @@ def test_dtype_names_what_children_compute_in(
 def test_without_a_parent_a_reward_model_is_foreign(registry, sft, rm_dir):
     rm = adopt(registry, rm_dir, stage="rm", run_name="foreign").run
     with pytest.raises(RegistryError, match="differ in:\n  base model"):
-        check_pair(sft, rm, settings())
-    check_pair(sft, rm, settings(allow_foreign_rm=True))
+        check_pair(sft, rm, reading(settings()))
+    check_pair(sft, rm, reading(settings(allow_foreign_rm=True)))
 
 
 def test_limits_given_are_those_that_ppo_keeps(registry, sft, rm_dir):
     limits = {"max_prompt_tokens": 64, "max_response_tokens": 12}
     rm = adopt(registry, rm_dir, stage="rm", run_name="a", parent="sft/a", **limits).run
-    check_pair(sft, rm, settings(sampling=SamplingConfig(max_new_tokens=12)))
+    check_pair(sft, rm, reading(settings(sampling=SamplingConfig(max_new_tokens=12))))
     with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens=13.*max_response_tokens=12"):
-        check_pair(sft, rm, settings(sampling=SamplingConfig(max_new_tokens=13)))
+        check_pair(sft, rm, reading(settings(sampling=SamplingConfig(max_new_tokens=13))))
 
 
 # ---------------------------------------------------------------- the command
@@ -487,13 +491,13 @@ def test_a_reward_model_with_another_template_than_its_parent(registry, sft, rm_
     (rm_dir / "chat_template.jinja").write_text(REVERSED)
     refused(registry, rm_dir, match, **options)
     rm = adopt(registry, rm_dir, stage="rm", run_name="a", parent="sft/a", template="inherit").run
-    check_pair(sft, rm, settings())
+    check_pair(sft, rm, reading(settings()))
 
 
 def test_a_reward_model_without_a_template_inherits_its_parents(registry, sft, rm_dir):
     (rm_dir / "chat_template.jinja").unlink()
     rm = adopt(registry, rm_dir, stage="rm", run_name="a", parent="sft/a").run
-    check_pair(sft, rm, settings())
+    check_pair(sft, rm, reading(settings()))
 
 
 def test_a_parent_that_it_cannot_come_from(registry, tiny_model, tiny_tokenizer, tmp_path, rm_dir):
@@ -569,4 +573,4 @@ def test_rm_starts_from_an_adopted_sft(registry, sft, tmp_path, monkeypatch):
     small = ["train.max_steps=2", "train.batch_size=8", "train.micro_batch_size=4"]
     assert run_stage(monkeypatch, "rm", *fixed, *small, "experiment=none") == 0
     rm = registry.resolve("rm/a")
-    check_pair(sft, rm, settings())
+    check_pair(sft, rm, reading(settings()))

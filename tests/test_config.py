@@ -218,9 +218,9 @@ def test_a_nested_config_becomes_dotted_keys():
     }
 
 
-LIGHT = ["rlhf", "rlhf.config", "rlhf.registry", "rlhf.data", "rlhf.session", "rlhf.guards"]
+LIGHT = ["rlhf", "rlhf.config", "rlhf.registry", "rlhf.data", "rlhf.stage_run", "rlhf.guards"]
 LIGHT += ["rlhf.launch", "rlhf.cli", "rlhf.run", "rlhf.contract", "rlhf.sharing", "rlhf.cleanup"]
-LIGHT += ["rlhf.compare", "rlhf.adopt"]
+LIGHT += ["rlhf.compare", "rlhf.adopt", "rlhf.inputs", "rlhf.state"]
 
 
 def test_what_answers_fast_imports_nothing_heavy():

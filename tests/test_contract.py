@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from test_registry import CONFIG, flip, no_waiting_for_the_disk, published, registry
 
-from rlhf.config import CardConfig, DataConfig, PPOStage, RMStage, SamplingConfig, TrainConfig
+from rlhf.config import CardConfig, DataConfig, EngineConfig, PPOStage, SamplingConfig, TrainConfig
 from rlhf.contract import (
+    Reading,
     card_notes,
+    check_beginning,
     check_method,
     check_pair,
     check_positions,
@@ -81,15 +83,16 @@ def test_ppo_begins_with_a_prompt_only_where_both_parents_have_one(
     made = {"lora": {"name": "lora", "adapter_chain": []}, "prompt": PROMPT}
     sft = published(registry, method=made[sft_by])
     published(registry, "rm/tiny", {"policy": sft}, method=made[rm_by])
-    settings = cfg()
-    settings.method = PromptConfig()
-    settings.policy_from, settings.rm_from = "sft/tiny", "rm/tiny"
-    settings.reward.models["rm"] = ["rm/tiny"]
+    parents = ppo_parents(registry, "sft/tiny", ["rm/tiny"], reading(cfg()))
     off = "sft" if sft_by == "lora" else "rm"
     with pytest.raises(
         ConfigError, match=rf"method=prompt_tuning on {off}/tiny, which was trained by method=lora"
     ):
-        ppo_parents(registry, settings)
+        check_beginning(*parents, PromptConfig(), EngineConfig(), share_backbone=None)
+
+
+def reading(cfg: PPOStage) -> Reading:
+    return Reading(cfg.data.max_prompt_tokens, cfg.sampling.max_new_tokens, cfg.allow_foreign_rm)
 
 
 def cfg(*, prompt: int = 64, answer: int = 64, allow_foreign_rm: bool = False) -> PPOStage:
@@ -111,7 +114,7 @@ def pair(registry: Registry) -> tuple[Published, Published]:
 def test_reward_model_of_this_line_is_accepted(
     pair: tuple[Published, Published], allow_foreign_rm: bool
 ):
-    check_pair(*pair, cfg(allow_foreign_rm=allow_foreign_rm))
+    check_pair(*pair, reading(cfg(allow_foreign_rm=allow_foreign_rm)))
 
 
 @pytest.mark.parametrize(
@@ -130,10 +133,10 @@ def test_reward_model_that_reads_something_else_is_refused(
     sft = published(registry)
     rm = published(registry, "rm/tiny", {"policy": sft}, **change)
     if named == "base" and allow_foreign_rm:
-        check_pair(sft, rm, cfg(allow_foreign_rm=True))
+        check_pair(sft, rm, reading(cfg(allow_foreign_rm=True)))
         return
     with pytest.raises(RegistryError, match=r"make rm RUN=tiny") as caught:
-        check_pair(sft, rm, cfg(allow_foreign_rm=allow_foreign_rm))
+        check_pair(sft, rm, reading(cfg(allow_foreign_rm=allow_foreign_rm)))
     message = str(caught.value)
     assert f"{named}-1 and {named}-2" in message
     assert "sft/tiny and rm/tiny differ" in message
@@ -151,7 +154,7 @@ def test_all_differences_are_named_at_once(registry: Registry):
         base=BaseModel("other", None, "base-2"),
     )
     with pytest.raises(RegistryError) as caught:
-        check_pair(sft, rm, cfg())
+        check_pair(sft, rm, reading(cfg()))
     assert len(str(caught.value).splitlines()) == 5
 
 
@@ -160,25 +163,24 @@ def test_reward_model_of_another_line_needs_permission(registry: Registry):
     rm = published(registry, "rm/other", {"policy": other})
     message = r"rm/other was trained from sft/other, the policy is sft/tiny.*allow_foreign_rm=true"
     with pytest.raises(RegistryError, match=message):
-        check_pair(sft, rm, cfg())
-    check_pair(sft, rm, cfg(allow_foreign_rm=True))
+        check_pair(sft, rm, reading(cfg()))
+    check_pair(sft, rm, reading(cfg(allow_foreign_rm=True)))
 
 
 def test_reward_model_of_an_earlier_run_of_the_same_name_needs_permission(registry: Registry):
     rm = published(registry, "rm/tiny", {"policy": published(registry)})
     again = published(registry, overwrite=True, metrics={"eval/loss": 0.1})
     with pytest.raises(RegistryError, match="trained from an earlier sft/tiny"):
-        check_pair(again, rm, cfg())
+        check_pair(again, rm, reading(cfg()))
     with pytest.raises(RegistryError, match="no SFT run of this registry"):
-        check_pair(again, published(registry, "rm/adopted"), cfg())
+        check_pair(again, published(registry, "rm/adopted"), reading(cfg()))
 
 
 # ---------------------------------------------------------------- report cards
 
 
-def rm_cfg(*agree_with: str, enabled: bool = True) -> RMStage:
-    card = CardConfig(enabled=enabled, agree_with=list(agree_with))
-    return RMStage(run_name="tiny", data=DataConfig("rows.jsonl"), card=card)
+def card(*agree_with: str, enabled: bool = True) -> CardConfig:
+    return CardConfig(enabled=enabled, agree_with=list(agree_with))
 
 
 def test_a_card_compares_with_reward_models_of_the_same_sft_run(registry: Registry):
@@ -186,28 +188,28 @@ def test_a_card_compares_with_reward_models_of_the_same_sft_run(registry: Regist
     a, b = (published(registry, name, {"policy": sft}) for name in ("rm/a", "rm/b"))
     published(registry, "rm/tiny", {"policy": sft})
     published(registry, "rm/other", {"policy": other})
-    assert siblings(registry, sft, rm_cfg("rm/a", "rm/b")) == [a, b]
-    assert siblings(registry, sft, rm_cfg()) == []
-    assert siblings(registry, sft, rm_cfg("rm/none", enabled=False)) == []
+    assert siblings(registry, sft, card("rm/a", "rm/b"), run_name="tiny") == [a, b]
+    assert siblings(registry, sft, card(), run_name="tiny") == []
+    assert siblings(registry, sft, card("rm/none", enabled=False), run_name="tiny") == []
     with pytest.raises(ConfigError, match=r"agree_with: rm/other was not trained from sft/tiny"):
-        siblings(registry, sft, rm_cfg("rm/other"))
+        siblings(registry, sft, card("rm/other"), run_name="tiny")
     with pytest.raises(ConfigError, match=r"agree_with: rm/tiny is the run that is being made"):
-        siblings(registry, sft, rm_cfg("rm/tiny"))
+        siblings(registry, sft, card("rm/tiny"), run_name="tiny")
     with pytest.raises(ConfigError, match=r"card\.agree_with=sft/tiny: a run of stage sft cannot"):
-        siblings(registry, sft, rm_cfg("sft/tiny"))
+        siblings(registry, sft, card("sft/tiny"), run_name="tiny")
     with pytest.raises(RegistryError, match="rm/none: no such run"):
-        siblings(registry, sft, rm_cfg("rm/none"))
+        siblings(registry, sft, card("rm/none"), run_name="tiny")
 
 
 def test_other_seeds_that_are_there_are_named(registry: Registry):
     sft, other = published(registry), published(registry, "sft/other")
-    assert sibling_notes(registry, sft, rm_cfg()) == []
+    assert sibling_notes(registry, sft, card(), run_name="tiny") == []
     for name, parent_run in (("rm/b", sft), ("rm/a", sft), ("rm/tiny", sft), ("rm/other", other)):
         published(registry, name, {"policy": parent_run})
-    (note,) = sibling_notes(registry, sft, rm_cfg())
+    (note,) = sibling_notes(registry, sft, card(), run_name="tiny")
     assert note.startswith("trained from sft/tiny too: rm/a, rm/b. card.agree_with=[rm/a,rm/b] ")
-    assert sibling_notes(registry, sft, rm_cfg("rm/a")) == []
-    assert sibling_notes(registry, sft, rm_cfg(enabled=False)) == []
+    assert sibling_notes(registry, sft, card("rm/a"), run_name="tiny") == []
+    assert sibling_notes(registry, sft, card(enabled=False), run_name="tiny") == []
 
 
 def test_ppo_says_what_the_reward_models_cards_say(registry: Registry):
@@ -237,11 +239,11 @@ def test_texts_longer_than_the_reward_model_saw_are_refused(registry: Registry):
     sft = published(registry)
     limits = {"columns": {}, "max_prompt_tokens": 64, "max_response_tokens": 80}
     rm = published(registry, "rm/tiny", {"policy": sft}, config=CONFIG | {"data": limits})
-    check_pair(sft, rm, cfg(prompt=64, answer=80))
+    check_pair(sft, rm, reading(cfg(prompt=64, answer=80)))
     with pytest.raises(ConfigError, match=r"data\.max_prompt_tokens=65: rm/tiny was .*=64"):
-        check_pair(sft, rm, cfg(prompt=65, answer=80))
+        check_pair(sft, rm, reading(cfg(prompt=65, answer=80)))
     with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens=81: .*max_response_tokens=80"):
-        check_pair(sft, rm, cfg(prompt=64, answer=81))
+        check_pair(sft, rm, reading(cfg(prompt=64, answer=81)))
 
 
 def test_texts_longer_than_the_positions_are_refused(registry: Registry):

@@ -63,7 +63,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(make):
     for controller in (unbroken, stopped):
         controller.update(7.1, 64)
     resumed = make()
-    resumed.load(json.loads(json.dumps(stopped.state())))
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert resumed.coef == stopped.coef
     for controller in (unbroken, resumed):
         controller.update(3.3, 64)
@@ -72,9 +72,9 @@ def test_a_resumed_run_goes_on_where_it_stopped(make):
 
 def test_loading_takes_the_coefficient_of_the_state():
     for controller in (FixedKL(0.3), AdaptiveKL(0.3, 6.0, 1000)):
-        controller.load({"coef": 0.7})
+        controller.load_state_dict({"coef": 0.7})
         assert controller.coef == 0.7
-        assert controller.state() == {"coef": 0.7}
+        assert controller.state_dict() == {"coef": 0.7}
 
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])

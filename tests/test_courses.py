@@ -20,10 +20,10 @@ from rounding import TINY
 from torch.testing import assert_close
 
 from rlhf import engine, interrupts, ranks, supervised
+from rlhf.checkpointing import Checkpoints
 from rlhf.config import EngineConfig, TrainConfig
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.keeper import Keeper
 from rlhf.methods import courses, lora
 from rlhf.methods.settings import (
     AdaLoraConfig,
@@ -61,7 +61,7 @@ def config(**settings):
     return TrainConfig(**given | settings)
 
 
-class Last(Keeper):
+class Last(Checkpoints):
     """Leaves the weights of the last step in the model, whichever was best."""
 
     def best_folder(self):
@@ -142,7 +142,7 @@ def train(
             cfg=cfg,
             engine_cfg=engine_cfg or EngineConfig(zero_stage=zero),
             seed=0,
-            keeper=keeper,
+            checkpoints=keeper,
             tracker=tracker,
             method=method,
             **options,

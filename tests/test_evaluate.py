@@ -13,7 +13,6 @@ from rlhf import evaluate, models
 from rlhf.config import EvaluationConfig, RewardConfig, SamplingConfig
 from rlhf.evaluate import Answers, HeldOut
 from rlhf.intervals import Mean, mean_of, share, win_rate, wins
-from rlhf.overoptimisation import Course
 from rlhf.rewards import Rewards
 from rlhf.text import Renderer
 
@@ -31,7 +30,7 @@ def renderer(tiny_tokenizer):
 @pytest.fixture
 def roles(tiny_model):
     reference = models.freeze(tiny_model(seed=0, initializer_range=0.1))
-    return SimpleNamespace(reference=reference)
+    return SimpleNamespace(policy=reference, reference=reference)
 
 
 def by_sum(monkeypatch):
@@ -124,14 +123,24 @@ def test_pairs_by_hand(monkeypatch):
 # answers -----------------------------------------------------------------------------------------
 
 
-def held_out(renderer, *, prompts=3, gold=None, seed=0, temperature=1.0):
-    cfg = SimpleNamespace(
-        sampling=SamplingConfig(temperature=temperature, max_new_tokens=6, batch_size=2),
-        evaluation=EvaluationConfig(prompts=prompts),
+def sampling(temperature=1.0):
+    return SamplingConfig(temperature=temperature, max_new_tokens=6, batch_size=2)
+
+
+def held_out(renderer, roles, *, prompts=3, gold=None, second=None, seed=0, temperature=1.0):
+    return HeldOut(
+        ROWS,
+        [renderer.prompt(row["prompt"]) for row in ROWS],
+        renderer,
+        roles,
+        Rewards(RewardConfig({"rm": ["rm/t"]}), {}, {"rm/t": None}),  # see by_sum
+        gold=gold,
+        second=second,
+        cfg=EvaluationConfig(prompts=prompts),
+        sampling=sampling(temperature),
         seed=seed,
+        gold_path=None,
     )
-    reward = Rewards(RewardConfig({"rm": ["rm/t"]}), {}, {"rm/t": None})  # see by_sum
-    return HeldOut(ROWS, renderer, cfg, gold, reward)
 
 
 def made_up_gold(questions, answers, rows):
@@ -148,7 +157,7 @@ def test_answers_carry_every_measure(renderer, roles, monkeypatch, tiny_model):
         policy.lm_head.weight += 0.1 * torch.randn(
             policy.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
         )
-    found = held_out(renderer, gold=made_up_gold).answers(policy, roles)
+    found = held_out(renderer, roles, gold=made_up_gold).answers(policy)
     assert found.prompt_ids == [renderer.prompt(row["prompt"]) for row in ROWS[:3]]
     assert found.gold == [len(row["prompt"][0]["content"]) / 100 for row in ROWS[:3]]
     for i in range(3):
@@ -171,51 +180,58 @@ def test_answers_carry_every_measure(renderer, roles, monkeypatch, tiny_model):
 
 def test_a_second_reward_model_watches_where_there_is_no_gold(renderer, roles, monkeypatch):
     by_sum(monkeypatch)
-    alone = held_out(renderer)
-    assert alone.measure is None
-    assert alone.answers(roles.reference, roles).measure is None
-    seen = replace(alone, second=object())  # by_sum scores whatever the model is
-    assert seen.measure == "second reward model"
-    found = seen.answers(roles.reference, roles)
+    alone = held_out(renderer, roles)
+    assert alone.course.measure is None
+    assert alone.answers(roles.reference).measure is None
+    seen = held_out(renderer, roles, second=object())  # by_sum scores whatever the model is
+    assert seen.course.measure == "second reward model"
+    found = seen.answers(roles.reference)
     sums = [sum(p) + sum(a) for p, a in zip(found.prompt_ids, found.answer_ids, strict=True)]
     assert found.second == found.measure == sums
     told = seen.compare(found, found)
     assert told["eval/second"] == told["eval/second_sft"] == pytest.approx(sum(sums) / 3)
-    with_gold = replace(seen, gold=made_up_gold)
-    assert with_gold.measure == "gold"
-    found = with_gold.answers(roles.reference, roles)
+    with_gold = held_out(renderer, roles, second=object(), gold=made_up_gold)
+    assert with_gold.course.measure == "gold"
+    found = with_gold.answers(roles.reference)
     assert found.measure == found.gold
     assert found.second == sums
 
 
 def test_what_is_watched_of_answers(renderer, roles, monkeypatch):
     by_sum(monkeypatch)
-    ours = held_out(renderer, gold=made_up_gold)
-    found = ours.answers(roles.reference, roles)
+    ours = held_out(renderer, roles, gold=made_up_gold)
+    found = ours.baseline()
     now = found.at(7)
     tokens = sum(map(len, found.answer_ids))
     assert now.entropy == pytest.approx(-sum(found.logprobs) / tokens)
     assert now.length == tokens / 3
     assert (now.step, now.scores, now.measure) == (7, found.scores, found.gold)
-    course = Course(ours.measure)
-    for _ in range(2):  # a run that goes on has the SFT model's already
-        assert ours.follow(course, found, step=0) == []
-    assert len(course.points) == 1
+    ours.baseline()  # a run that goes on has the SFT model's already
+    assert [point["step"] for point in ours.course.points] == [0]
     longer = replace(found, answer_ids=[ids * 2 for ids in found.answer_ids])
-    said = ours.follow(course, longer, step=10)
+    monkeypatch.setattr(ours, "answers", lambda policy: longer)
+    assert ours.evaluate() == ours.compare(found, longer)
+    said = ours.follow(10)
     assert any(text.startswith("warning: length: length is up 100%") for text in said)
-    assert held_out(renderer, prompts=0).follow(course, Answers([], [], [], []), step=20) == []
+    assert [point["step"] for point in ours.course.points] == [0, 10]
+    none = held_out(renderer, roles, prompts=0)
+    none.baseline()
+    assert (none.evaluate(), none.follow(20), none.course.points) == ({}, [], [])
 
 
 def test_held_out_sampling_is_the_same_for_every_model_and_temperature(
     renderer, roles, monkeypatch
 ):
     by_sum(monkeypatch)
-    first = held_out(renderer).answers(roles.reference, roles)
-    assert held_out(renderer).answers(roles.reference, roles) == first
-    assert held_out(renderer, temperature=0.3).answers(roles.reference, roles) == first
-    assert held_out(renderer, seed=1).answers(roles.reference, roles).answer_ids != first.answer_ids
-    more = held_out(renderer, prompts=4).answers(roles.reference, roles)
+
+    def drawn(**settings):
+        return held_out(renderer, roles, **settings).answers(roles.reference)
+
+    first = drawn()
+    assert drawn() == first
+    assert drawn(temperature=0.3) == first
+    assert drawn(seed=1).answer_ids != first.answer_ids
+    more = drawn(prompts=4)
     assert more.answer_ids[:3] == first.answer_ids, "more prompts change no answer"
     assert first.kl == pytest.approx([0, 0, 0], abs=1e-5)
     assert first.gold is None
@@ -236,9 +252,9 @@ def answers(scores, gold, kl=(0.5, 1.5, 1.0)):
     )
 
 
-def test_compare_by_hand(renderer):
+def test_compare_by_hand():
     before, after = answers([1, 2, 3], [0.2, 0.4, 0.6]), answers([4, 2, 3], [0.3, 0.4, 0.8])
-    found = held_out(renderer).compare(before, after)
+    found = HeldOut.compare(before, after)
     gold, wins = mean_of([0.3, 0.4, 0.8]), mean_of([1, 0.5, 1])
     score = mean_of([4, 2, 3])
     scores = {
@@ -264,13 +280,17 @@ def test_compare_by_hand(renderer):
             "eval/win_rate_ci_high": wins.high,
         }
     )
-    without = held_out(renderer).compare(answers([1, 2, 3], None), answers([4, 2, 3], None))
+    without = HeldOut.compare(answers([1, 2, 3], None), answers([4, 2, 3], None))
     assert without == pytest.approx(scores)
 
 
-def test_samples_show_both_answers_to_one_prompt(renderer):
-    before, after = answers([1, 2, 3], [0.2, 0.4, 0.6]), answers([4, 5, 6], None)
-    found = held_out(renderer).samples(before, after)
+def test_samples_show_both_answers_to_one_prompt(renderer, roles, monkeypatch):
+    given = iter([answers([1, 2, 3], [0.2, 0.4, 0.6]), answers([4, 5, 6], None)])
+    ours = held_out(renderer, roles)
+    monkeypatch.setattr(ours, "answers", lambda policy: next(given))
+    ours.baseline()
+    ours.evaluate()
+    found = ours.samples()
     assert len(found) == 3
     assert found[1] == {
         "prompt": ROWS[1]["prompt"][-1]["content"],
@@ -287,13 +307,13 @@ def test_samples_show_both_answers_to_one_prompt(renderer):
 
 def test_zero_prompts_measure_nothing(renderer, roles, monkeypatch):
     calls = by_sum(monkeypatch)
-    none = held_out(renderer, prompts=0, gold=made_up_gold)
-    before, after = (none.answers(roles.reference, roles) for _ in range(2))
-    assert before == Answers([], [], [], [])
-    assert none.compare(before, after) == {}
-    assert none.samples(before, after) == []
+    none = held_out(renderer, roles, prompts=0, gold=made_up_gold)
+    assert none.baseline() == Answers([], [], [], [])
+    assert none.evaluate() == {}
+    assert none.samples() == none.progress() == []
     assert calls == []
-    found = evaluate.ceiling(roles.reference, renderer, ROWS, cfg=none.cfg, gold=made_up_gold)
+    settings = {"cfg": sampling(), "seed": 0, "gold": made_up_gold}
+    found = evaluate.ceiling(roles.reference, renderer, [], **settings)
     assert found == {}
     assert evaluate.ppo_summary({"objective/scores": 1.25}) == [
         ("score of the last rollout", "1.250")
@@ -311,8 +331,8 @@ def test_ceiling_by_hand(renderer, roles):
         drawn.append(texts)
         return [(len(drawn) - 1) % 3 / 10 + place / 100 for place in range(len(texts))]
 
-    cfg = held_out(renderer).cfg
-    found = evaluate.ceiling(roles.reference, renderer, ROWS, cfg=cfg, gold=gold)
+    cfg, rows = sampling(), ROWS[:3]
+    found = evaluate.ceiling(roles.reference, renderer, rows, cfg=cfg, seed=0, gold=gold)
     assert len(drawn) == 8
     assert all(len(texts) == 3 for texts in drawn)
     assert len({tuple(texts) for texts in drawn}) == 8, "eight draws, eight noises"
@@ -322,7 +342,7 @@ def test_ceiling_by_hand(renderer, roles):
     half = 1.96 * math.sqrt(0.01**2 / 3)  # over prompts, which is what was drawn at random
     assert found["eval/gold_ci_low"] == pytest.approx(0.7 / 8 + 0.01 - half)
     assert found["eval/gold_ci_high"] == pytest.approx(0.7 / 8 + 0.01 + half)
-    assert evaluate.ceiling(roles.reference, renderer, ROWS, cfg=cfg, gold=None) == {}
+    assert evaluate.ceiling(roles.reference, renderer, rows, cfg=cfg, seed=0, gold=None) == {}
 
 
 # closing tables ----------------------------------------------------------------------------------

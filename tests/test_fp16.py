@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import replace
 
+import ppo_steps
 import pytest
 import test_engine
 import torch
@@ -20,7 +21,6 @@ from test_supervised import demonstrations, policy, train, train_sft
 from rlhf import engine, golden, models, ppo, proofs
 from rlhf.config import EngineConfig, ModelConfig
 from rlhf.errors import StoppedByGuard
-from rlhf.monitor import Monitor
 
 __all__ = ["make_roles", "policy"]  # fixtures
 
@@ -253,9 +253,11 @@ def test_ppo_takes_an_overflow_for_no_divergence(make_roles, tmp_path):
     batch = ready(roles, cfg)
     batch = replace(batch, advantages=3000 * batch.advantages)
     engines = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
-    stats = ppo.update(*engines, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+    stats = ppo_steps.update(*engines, batch, cfg, step=1)
     assert engines[0]._engine.skipped_steps > 0
-    Monitor(cfg, tmp_path, None).see(batch, stats, step=1)  # which stops at an infinite norm
+    ppo_steps.stopping(cfg, tmp_path, None).observe(
+        batch, stats, step=1
+    )  # which stops at an infinite norm
     assert engines[1]._engine.skipped_steps == 0
     assert "val/grad_norm" in stats
 

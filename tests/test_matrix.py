@@ -40,14 +40,14 @@ def work(folder: Path, method: str, engines: list[str]) -> None:
     """One process: all stages under each engine; the tokens that PPO drew, by step."""
     from rlhf import engine, rollout
 
-    draw, drawn = rollout.draw, []
+    draw, drawn = rollout.Sampler.rollout, []
 
-    def note(*args, step, **kwargs):
-        found = draw(*args, step=step, **kwargs)
+    def note(sampler, prompts, *, step):
+        found = draw(sampler, prompts, step=step)
         drawn.append(engine.gather_objects(found.answer_ids()))
         return found
 
-    rollout.draw = note
+    rollout.Sampler.rollout = note
     for zero in engines:
         drawn.clear()
         for stage, sizes in SIZES.items():

@@ -14,10 +14,12 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import ppo_steps
 import pytest
 import torch
 
-from rlhf import contract, data, golden, guards, models, ppo, proofs, rollout, supervised
+from rlhf import contract, data, golden, guards, models, ppo, rollout, supervised
+from rlhf.checkpointing import Checkpoints
 from rlhf.config import (
     PROJECT,
     DataConfig,
@@ -28,7 +30,6 @@ from rlhf.config import (
 )
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.keeper import Keeper
 from rlhf.methods.settings import FAMILIES, METHOD_SETTINGS
 from rlhf.methods.table import METHODS
 from rlhf.registry import Registry
@@ -142,7 +143,7 @@ def train(stage, model, rows, renderer, method, row):
     )
     more = {"center_coef": 0.0} if stage == "rm" else {}
     with TemporaryDirectory() as runs, open_run(Registry(runs), stage, "t", {}, {}) as run:
-        keeper = Keeper(
+        keeper = Checkpoints(
             run,
             run.checkpoints_dir,
             Console(quiet=True),
@@ -160,7 +161,7 @@ def train(stage, model, rows, renderer, method, row):
             method=method,
             engine_cfg=EngineConfig(zero_stage=row.zero_stage, dtype="fp32"),
             seed=0,
-            keeper=keeper,
+            checkpoints=keeper,
             **more,
         )
 
@@ -285,11 +286,11 @@ def in_ppo(name, sft, rm, renderer):
     prompts = [asked(renderer, text) for text in ("Hello.", "Tell me about the red fox, please.")]
     with torch.no_grad():
         batch = judge(drawn(roles.policy, cfg, prompts=prompts * 4), roles, cfg)
-        stats = proofs.start(roles, batch, cfg)
+        stats = ppo_steps.start(roles, batch, cfg)
     pair = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine, cfg.method)
     before = {n: p.clone() for n, p in roles.policy.named_parameters() if p.requires_grad}
-    batch = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)[0]
-    ppo.update(*pair, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+    batch = ppo_steps.estimate_advantages(batch, cfg)[0]
+    ppo_steps.update(*pair, batch, cfg, step=1)
     after = dict(roles.policy.named_parameters())
     assert any(not torch.equal(before[n], after[n]) for n in before), "nothing was learnt"
     shared = "one backbone" if isinstance(roles.policy, models.SharedRole) else "separate models"

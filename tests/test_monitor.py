@@ -10,14 +10,14 @@ import json
 import math
 from dataclasses import replace
 
+import ppo_steps
 import pytest
 import torch
 from test_ppo import EOS, PROMPTS, make_roles, ready, stage
 
-from rlhf import ppo
 from rlhf.config import StopConfig
 from rlhf.errors import ConfigError, StoppedByGuard
-from rlhf.monitor import Evidence, Monitor, likely_causes
+from rlhf.monitor import likely_causes
 
 __all__ = ["make_roles"]  # fixtures
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -43,8 +43,11 @@ class Letters:
         return "".join(chr(97 + i) for i in ids)
 
 
-def watch(tmp_path, cfg=None, **state):
-    return Monitor(cfg or stage(), tmp_path, Letters(), **state)
+def watch(tmp_path, cfg=None, state=None):
+    watching = ppo_steps.stopping(cfg or stage(), tmp_path, Letters())
+    if state is not None:
+        watching.load_state_dict(state)
+    return watching
 
 
 def run(watching, *changes):
@@ -130,7 +133,7 @@ def test_a_resumed_run_counts_on(tmp_path):
     lost = {"response/eos_rate": 0.1}
     before = watch(tmp_path)
     run(before, {}, lost, lost)
-    state = json.loads(json.dumps(before.state))
+    state = json.loads(json.dumps(before.state_dict()))
     with pytest.raises(StoppedByGuard, match="answers no longer end"):
         watch(tmp_path, state=state).check(CALM | lost, step=4)
     watch(tmp_path).check(CALM | lost, step=4)  # anew, it would be the first step
@@ -202,8 +205,8 @@ def test_the_run_that_breaks_is_stopped_and_the_one_that_learns_is_not(tmp_path)
     row, said = play(watch(tmp_path), BREAKS)
     assert row[0] == 13, "of 45"
     assert said.startswith("answers no longer end: 36% of the answers end, 95% did at first")
-    evidence = Evidence(
-        cfg=replace(stage(kl_coef=0.05), allow_foreign_rm=True),
+    evidence = ppo_steps.evidence(
+        replace(stage(kl_coef=0.05), allow_foreign_rm=True),
         first=as_stats(BREAKS[0]),
         last=as_stats(row),
         scores=[1.0, 2.0, 3.0],
@@ -220,8 +223,8 @@ def test_the_run_that_breaks_is_stopped_and_the_one_that_learns_is_not(tmp_path)
 
 def causes(last, *, scores=(0.0, 1.0), lengths=(5, 5), cfg=None, first=None):
     return likely_causes(
-        Evidence(
-            cfg=cfg or stage(kl_coef=0.05),
+        ppo_steps.evidence(
+            cfg or stage(kl_coef=0.05),
             first=CALM | (first or {}),
             last=CALM | last,
             scores=list(scores),
@@ -287,13 +290,13 @@ def stopped(watching, policy, error):
 def test_the_last_rollout_is_written_token_by_token(make_roles, tmp_path):
     cfg, roles = stage(temperature=0.7), make_roles()
     batch = ready(roles, cfg)
-    _, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    _, stats = ppo_steps.estimate_advantages(batch, cfg)
     with torch.no_grad():  # as after an update
         for parameter in roles.policy.parameters():
             if parameter.requires_grad:
                 parameter += 0.02
     watching = watch(tmp_path, cfg)
-    watching.see(batch, stats, step=7)
+    watching.observe(batch, stats, step=7)
     said = stopped(watching, roles.policy, StoppedByGuard("loss/policy became nan."))
     folder = tmp_path / "stopped/step-000007"
     assert said.startswith("loss/policy became nan.\nLikely causes:\n- none of the known ones")
@@ -331,7 +334,7 @@ def test_the_last_steps_are_written_and_what_is_no_number_too(make_roles, tmp_pa
     watching = watch(tmp_path, cfg)
     run(watching, *[{}] * 30)
     with pytest.raises(StoppedByGuard) as caught, watching.explaining(roles.policy):
-        watching.see(batch, {"objective/scores": math.nan}, step=31)
+        watching.observe(batch, {"objective/scores": math.nan}, step=31)
     assert "objective/scores is nan in step 31." in str(caught.value)
     assert "1 of 8 scores are no finite numbers (the first in row 3" in str(caught.value)
     folder = tmp_path / "stopped/step-000031"
@@ -351,7 +354,7 @@ def test_a_disk_that_refuses_does_not_hide_the_reason(make_roles, tmp_path):
     cfg, roles = stage(), make_roles()
     (tmp_path / "file").write_text("")
     watching = watch(tmp_path / "file", cfg)
-    watching.see(ready(roles, cfg), CALM, step=1)
+    watching.observe(ready(roles, cfg), CALM, step=1)
     said = stopped(watching, roles.policy, StoppedByGuard("loss/policy became nan."))
     assert said.startswith("loss/policy became nan.")
     assert "The dump could not be written: Not a directory" in said

@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields, replace
 
+import ppo_steps
 import pytest
 import torch
 from test_ppo import EOS, FULL, LORA, PROMPTS, drawn, judge, make_roles, stage
@@ -20,8 +21,9 @@ from test_roles import load, parents
 from torch.nn.functional import pad
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rlhf import models, ppo
+from rlhf import models
 from rlhf.config import AlgorithmConfig
+from rlhf.rollout import Rollout
 
 __all__ = ["load", "make_roles", "parents"]  # fixtures
 
@@ -168,7 +170,7 @@ def library(case, cfg, *, learning_rate=1e-3, change=lambda batch, roles: batch,
     batch = judge(case.rollout, roles, cfg, **shaping)
     if roles.critic is not None:
         batch = replace(batch, old_values=batch.old_values + case.value_shift)
-    batch, objective = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    batch, objective = ppo_steps.estimate_advantages(batch, cfg)
     batch = change(batch, roles)
     accumulation = 8 // cfg.ppo.minibatches // cfg.ppo.micro_batch_size
     policy, critic = (
@@ -185,7 +187,7 @@ def library(case, cfg, *, learning_rate=1e-3, change=lambda batch, roles: batch,
             seen.append(rows.index(ids[mask].tolist()))
 
     roles.policy.register_forward_pre_hook(note_rows, with_kwargs=True)
-    run.stats = objective | ppo.update(policy, critic, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+    run.stats = objective | ppo_steps.update(policy, critic, batch, cfg, step=1)
     size = 8 // cfg.ppo.minibatches
     run.minibatches = [seen[start : start + size] for start in range(0, len(seen), size)]
     return run
@@ -591,7 +593,7 @@ def keep_padding(monkeypatch):
     def rows(self, index):
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
-    monkeypatch.setattr(ppo.Batch, "rows", rows)
+    monkeypatch.setattr(Rollout, "rows", rows)
 
 
 @BOTH

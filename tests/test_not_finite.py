@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from types import SimpleNamespace
 
+import ppo_steps
 import pytest
 import torch
 from small_line import SMALL, run_stage
@@ -15,14 +15,12 @@ from test_supervised import demonstrations, policy, preferences, reward_model, t
 
 from rlhf import engine, evaluate, golden, models, ppo, supervised
 from rlhf.adopt import adopt
-from rlhf.config import DataConfig, EvaluationConfig, PPOConfig
+from rlhf.checkpointing import Best, Checkpoints
+from rlhf.config import EvaluationConfig, PPOConfig, SamplingConfig
 from rlhf.console import Console
 from rlhf.errors import ConfigError, StoppedByGuard
 from rlhf.evaluate import Answers, HeldOut
-from rlhf.keeper import STATE, Keeper
 from rlhf.methods.settings import BitFitConfig, BottleneckConfig, FullConfig, LoraConfig
-from rlhf.monitor import Monitor
-from rlhf.overoptimisation import Course
 from rlhf.registry import Registry
 from rlhf.run import open_run
 
@@ -32,19 +30,9 @@ grouped = pytest.mark.usefixtures("process_group")
 
 
 def keeper_of(run, total=4):
-    return Keeper(
+    return Checkpoints(
         run, run.checkpoints_dir, Console(quiet=True), stage="sft", total=total, every=1, keep=2
     )
-
-
-def interrupted(runs, best, state):
-    """A run that stopped after its first step, with this in its checkpoint."""
-    stored = {"state": state, "best": best, "world_size": 1}
-    with (
-        open_run(Registry(runs), "rm", "t", {}, {}) as run,
-        run.checkpoint(1, best=True) as folder,
-    ):
-        (folder / STATE).write_text(json.dumps(stored))
 
 
 # the best ----------------------------------------------------------------------------------------
@@ -54,40 +42,12 @@ def interrupted(runs, best, state):
 def test_it_is_never_the_best(tmp_path, value):
     with open_run(Registry(tmp_path), "sft", "t", {}, {}) as run:
         keeper = keeper_of(run)
-        assert not keeper.consider(value)
-        assert keeper.best is None
-        assert keeper.consider(-2.0)
+        assert not keeper.consider(value, {"eval/loss": 1.0})
+        assert keeper.best == Best()
+        assert keeper.consider(-2.0, {"eval/loss": 2.0})
         keeper._improved = False
-        assert not keeper.consider(value)
-        assert keeper.best["value"] == -2.0
-
-
-@pytest.mark.parametrize(
-    ("value", "found"),
-    [
-        (math.nan, {"eval/loss": math.nan}),
-        (-math.inf, {"eval/loss": math.inf}),
-        (0.0, {"eval/loss": math.nan, "eval/accuracy": 0.0}),  # of scores that are all nan
-    ],
-)
-def test_a_checkpoint_of_an_older_version_brings_no_such_best_along(tmp_path, value, found):
-    best = {"step": 1, "value": value}
-    interrupted(tmp_path, best, {"best": found, "first": {}})
-    with open_run(Registry(tmp_path), "rm", "t", {}, {}) as run:
-        keeper = keeper_of(run)
-        supervised._forget_what_is_no_best(keeper)
-        assert keeper.best is None
-        assert keeper.state == {"first": {}}
-        assert keeper.consider(0.0)
-
-
-def test_a_sound_best_is_brought_along(tmp_path):
-    best, found = {"step": 1, "value": 0.5}, {"eval/loss": 0.7, "eval/accuracy": 0.5}
-    interrupted(tmp_path, best, {"best": found})
-    with open_run(Registry(tmp_path), "rm", "t", {}, {}) as run:
-        keeper = keeper_of(run)
-        supervised._forget_what_is_no_best(keeper)
-        assert (keeper.best, keeper.state) == (best, {"best": found})
+        assert not keeper.consider(value, {"eval/loss": 3.0})
+        assert keeper.best == Best(0, -2.0, {"eval/loss": 2.0})
 
 
 # SFT and RM --------------------------------------------------------------------------------------
@@ -160,7 +120,7 @@ def test_the_best_before_it_is_what_is_left(learner, tiny_tokenizer, monkeypatch
     monkeypatch.setattr(Spoiler, "at", at)
     metrics, keeper, tracker = train(how, model, tiny_tokenizer, rows, max_steps=4, eval_every=1)
     assert f"eval/loss is nan in step {at}" in keeper.stopped.replace(", eval/margin is nan", "")
-    assert keeper.best["step"] < at
+    assert keeper.best.step < at
     assert all(map(math.isfinite, metrics.values()))
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert math.isnan(tracker[-1][1]["eval/loss"]), "it is logged"
@@ -204,51 +164,62 @@ def test_a_kl_that_is_no_number_is_within_no_budget():
 @pytest.mark.parametrize("name", ["eval/score", "eval/kl"])
 @pytest.mark.parametrize("value", NO_NUMBER)
 def test_a_held_out_score_or_kl_stops_ppo(tmp_path, name, value):
-    watch = Monitor(stage(), tmp_path, None)
+    watch = ppo_steps.stopping(stage(), tmp_path, None)
     good = {"eval/score": 1.0, "eval/kl": 2.0, "eval/gold": math.nan}
-    watch.held_out(good, step=3)
+    watch.check_held_out(good, step=3)
     with pytest.raises(StoppedByGuard, match=rf"{name} is {value} in step 4"):
-        watch.held_out(good | {name: value}, step=4)
+        watch.check_held_out(good | {name: value}, step=4)
 
 
 @grouped
 def test_the_learning_rate_is_named_where_the_models_lost_their_numbers(tmp_path, tiny_model):
-    watch = Monitor(stage(learning_rate=1e25), tmp_path, None)
+    watch = ppo_steps.stopping(stage(learning_rate=1e25), tmp_path, None)
     said = r"eval/kl is nan in step 1(.|\n)*ppo\.learning_rate=1e\+25"
     with pytest.raises(StoppedByGuard, match=said), watch.explaining(tiny_model()):
-        watch.held_out({"eval/kl": math.nan}, step=1)
+        watch.check_held_out({"eval/kl": math.nan}, step=1)
 
 
 def answers(**measures):
     return Answers([[1]] * 3, [[2]] * 3, ["a", "b", "c"], [True] * 3, **measures)
 
 
-def held_out(**data):
-    cfg = SimpleNamespace(
-        data=DataConfig("rows.jsonl", gold=data.get("gold")),
-        evaluation=EvaluationConfig(second_rm=data.get("second")),
+def held_out(*found, gold=None, second=None):
+    """Whose answers are these, one after the other."""
+    given = iter(found)
+    out = HeldOut(
+        *([], [], None, SimpleNamespace(policy=None, reference=None), None),
+        gold=None,
+        second=None,
+        cfg=EvaluationConfig(second_rm=second),
+        sampling=SamplingConfig(),
+        seed=0,
+        gold_path=gold,
     )
-    return HeldOut([], None, cfg, None, None)
+    out.answers = lambda policy: next(given)
+    return out
 
 
 def test_what_is_compared_with_the_sft_model_needs_its_numbers():
-    fine = {"scores": [1.0, 2.0, 3.0], "second": [1.0, 2.0, 3.0]}
-    held_out().expect_numbers(answers(**fine))
-    held_out().expect_numbers(Answers([], [], [], []))
+    fine = {"scores": [1.0, 2.0, 3.0], "second": [1.0, 2.0, 3.0], "kl": [0.0] * 3}
+    held_out(answers(**fine)).baseline()
+    held_out(Answers([], [], [], [])).baseline()
     with pytest.raises(StoppedByGuard, match="2 of 3 held-out answers of the SFT model get a sc"):
-        held_out().expect_numbers(answers(**fine | {"scores": [math.nan, 1.0, math.inf]}))
+        held_out(answers(**fine | {"scores": [math.nan, 1.0, math.inf]})).baseline()
     bad = [1.0, math.nan, 2.0]
     with pytest.raises(ConfigError, match=r"^data\.gold=mine\.py:f: .* 1 of 3"):
-        held_out(gold="mine.py:f").expect_numbers(answers(**fine, gold=bad))
+        held_out(answers(**fine, gold=bad), gold="mine.py:f").baseline()
     with pytest.raises(ConfigError, match=r"^evaluation\.second_rm=rm/b: .* 1 of 3"):
-        held_out(second="rm/b").expect_numbers(answers(**fine | {"second": bad}))
+        held_out(answers(**fine | {"second": bad}), second="rm/b").baseline()
 
 
 def test_a_measure_that_is_none_later_is_told():
-    course, fine = Course("gold"), {"scores": [1.0, 2.0, 3.0], "kl": [0.0] * 3}
-    gold = [1.0, 2.0, 3.0]
-    assert held_out().follow(course, answers(**fine, gold=gold), step=0) == []
-    (line,) = held_out().follow(course, answers(**fine, gold=[1.0, math.nan, 2.0]), step=5)
+    fine = {"scores": [1.0, 2.0, 3.0], "kl": [0.0] * 3}
+    measures = ([1.0, 2.0, 3.0], [1.0, math.nan, 2.0])
+    ours = held_out(*(answers(**fine, gold=gold) for gold in measures))
+    ours.course.measure = "gold"
+    ours.baseline()
+    ours.evaluate()
+    (line,) = ours.follow(5)
     assert "gold is no finite number on 1 of 3 held-out answers at step 5" in line
 
 

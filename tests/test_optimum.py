@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ppo_steps
 import pytest
 import torch
 from test_ppo import drawn, make_roles, stage
@@ -53,9 +54,9 @@ def train(make_roles, cfg, reward_of):
     for step in range(1, cfg.ppo.steps + 1):
         found = drawn(roles.policy, cfg, prompts=[PROMPT] * cfg.ppo.batch_size, seed=step)
         scores = torch.tensor([reward_of(answer) for answer in found.answer_ids()])
-        batch = ppo.judge(found, scores, roles, cfg)
-        batch, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
-        ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
+        batch = ppo_steps.judge(found, scores, roles, cfg)
+        batch, _ = ppo_steps.estimate_advantages(batch, cfg)
+        ppo_steps.update(policy, critic, batch, cfg, step=step)
     return roles
 
 

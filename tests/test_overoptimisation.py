@@ -219,10 +219,11 @@ def test_a_run_that_goes_on_has_the_course_of_an_unbroken_one():
     steps = [evaluation(10 * n, n, g, length=20 + 5 * n) for n, g in enumerate(gold)]
     said, whole = course(*steps)
     for cut in range(1, len(steps)):
-        first = Course.of(GOLD, None)
+        first = Course(GOLD)
         for now in steps[:cut]:
             first.see(now)
-        again = Course.of(GOLD, json.loads(json.dumps(first.state)))
+        again = Course(None)
+        again.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert [[w.name for w in again.see(now)] for now in steps[cut:]] == said[cut:]
         assert again.text() == whole.text()
         assert again.said() == whole.said()

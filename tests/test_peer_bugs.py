@@ -56,6 +56,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import ppo_steps
 import pytest
 import torch
 from test_ppo import (
@@ -109,7 +110,7 @@ def test_the_eos_gets_the_whole_score_itself(make_roles):
     cfg = stage(lam=0.0, kl_coef=0.0, whiten_advantages=False)
     batch = ready(make_roles(), cfg)
     batch = replace(batch, old_values=torch.zeros_like(batch.old_values))
-    found, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    found, _ = ppo_steps.estimate_advantages(batch, cfg)
     lengths = batch.response_mask.sum(1).tolist()
     assert min(lengths) < max(lengths) == batch.responses.shape[1]
     for row, n in enumerate(lengths):
@@ -139,7 +140,7 @@ def test_the_penalty_follows_the_token_that_stops(make_roles):
     assert any(ends)
     assert any(passed_over), "no answer has the other one, the test could not tell"
     scores = torch.linspace(-2, 2, len(prompts))
-    found = ppo.judge(sampled, scores, roles, cfg).scores
+    found = ppo_steps.judge(sampled, scores, roles, cfg).scores
     lost = (scores - found).tolist()
     assert lost == pytest.approx([0.0 if end else 3.0 for end in ends], abs=1e-5)
 
@@ -160,7 +161,7 @@ def test_a_pad_that_is_the_eos_hides_no_end(make_roles):
             device=torch.device("cpu"),
         )
         batch = noisy(judge(sampled, roles, cfg))
-        batches[pad] = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)[0]
+        batches[pad] = ppo_steps.estimate_advantages(batch, cfg)[0]
     apart, same = batches[PAD], batches[EOS]
     mask = same.response_mask
     assert bool(mask[same.responses == EOS].any())
@@ -204,7 +205,7 @@ def test_the_tokens_that_were_drawn_are_trained_on(tiny_model, tiny_tokenizer):
     """huggingface/trl#5224: encode(decode(ids)) is not ids, and the ratio was of other tokens."""
     policy, renderer = tiny_model(), Renderer(tiny_tokenizer)
     cfg = stage(new=12)
-    found = rollout.draw(policy, PROMPTS, cfg, renderer, step=1)
+    found = ppo_steps.draw(policy, PROMPTS, cfg, renderer, step=1)
     encode = renderer.tokenizer
     again = [
         encode(renderer.decode(ids), add_special_tokens=False)["input_ids"]
@@ -239,7 +240,7 @@ def test_the_kl_starts_at_zero_and_then_is_positive(make_roles, sampling):
     kl = batch.kl.sum(1)
     assert float(batch.kl.min()) < 0, "k1 of one token"
     assert float(kl.mean()) > 5 * float(kl.std()) / len(kl) ** 0.5
-    _, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    _, stats = ppo_steps.estimate_advantages(batch, cfg)
     assert stats["objective/kl"] == pytest.approx(float(kl.mean()), rel=1e-5)
 
 
@@ -375,8 +376,8 @@ def test_the_critic_trains_its_adapter_and_its_head_and_nothing_else(
     before = [parameter.detach().clone() for _, parameter in named]
     cfg = stage(critic_learning_rate=1e-2)
     scores = torch.linspace(-1, 1, len(PROMPTS))
-    batch = ppo.judge(drawn(roles.policy, cfg), scores, roles, cfg)
-    updated(roles, ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)[0], cfg)
+    batch = ppo_steps.judge(drawn(roles.policy, cfg), scores, roles, cfg)
+    updated(roles, ppo_steps.estimate_advantages(batch, cfg)[0], cfg)
     still = [n for (n, p), old in zip(named, before, strict=True) if torch.equal(p, old)]
     assert still == []
 
@@ -391,25 +392,25 @@ def test_a_checkpoint_brings_back_critic_and_both_optimizers(make_roles, tmp_pat
     """
     cfg = stage(learning_rate=1e-2, critic_learning_rate=1e-2, schedule="linear")
     roles = make_roles()
-    batch = ppo.estimate_advantages(noisy(ready(roles, cfg)), cfg, kl_coef=cfg.ppo.kl_coef)[0]
+    batch = ppo_steps.estimate_advantages(noisy(ready(roles, cfg)), cfg)[0]
 
     def engines(roles):
         return ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
 
     pair = engines(roles)
     for step in (1, 2):
-        ppo.update(*pair, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
-    ppo.save(*pair, tmp_path / "kept")
+        ppo_steps.update(*pair, batch, cfg, step=step)
+    ppo_steps.save(*pair, tmp_path / "kept")
     kept = weights(roles.policy), weights(roles.critic)
-    ppo.update(*pair, batch, cfg, step=3, kl_coef=cfg.ppo.kl_coef)
+    ppo_steps.update(*pair, batch, cfg, step=3)
     expected = weights(roles.policy), weights(roles.critic)
 
     fresh = make_roles()
     pair = engines(fresh)
-    ppo.load(*pair, tmp_path / "kept")
+    ppo_steps.load(*pair, tmp_path / "kept")
     for model, then in zip((fresh.policy, fresh.critic), kept, strict=True):
         assert_same(then, weights(model), rtol=0, atol=0)
-    ppo.update(*pair, batch, cfg, step=3, kl_coef=cfg.ppo.kl_coef)
+    ppo_steps.update(*pair, batch, cfg, step=3)
     for model, then in zip((fresh.policy, fresh.critic), expected, strict=True):
         assert_same(then, weights(model), rtol=0, atol=1e-7)
 
@@ -417,7 +418,7 @@ def test_a_checkpoint_brings_back_critic_and_both_optimizers(make_roles, tmp_pat
     for model, then, now in zip((again.policy, again.critic), kept, expected, strict=True):
         model.load_state_dict(then)  # the weights alone: Adam and the schedule begin anew
         assert any(not torch.equal(then[name], now[name]) for name in now)
-    ppo.update(*engines(again), batch, cfg, step=3, kl_coef=cfg.ppo.kl_coef)
+    ppo_steps.update(*engines(again), batch, cfg, step=3)
     for model, then in zip((again.policy, again.critic), expected, strict=True):
         apart = max(float((t - then[name]).abs().max()) for name, t in weights(model).items())
         assert apart > 1e-3, "the test could not tell"
@@ -433,12 +434,12 @@ def test_the_schedule_ends_with_the_last_optimizer_step(make_roles):
         steps=3, epochs=2, minibatches=2, micro_batch_size=2, schedule="linear", learning_rate=1.0
     )
     roles = make_roles()
-    batch = ppo.estimate_advantages(noisy(ready(roles, cfg)), cfg, kl_coef=cfg.ppo.kl_coef)[0]
+    batch = ppo_steps.estimate_advantages(noisy(ready(roles, cfg)), cfg)[0]
     batch = replace(batch, advantages=torch.zeros_like(batch.advantages))  # it stays where it is
     pair = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
     rates = []
     for step in (1, 2, 3):
-        ppo.update(*pair, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
+        ppo_steps.update(*pair, batch, cfg, step=step)
         rates.append([one.learning_rate for one in pair])
     assert [policy for policy, _ in rates] == pytest.approx([2 / 3, 1 / 3, 0.0])
     assert [critic for _, critic in rates] == pytest.approx([2e-3 / 3, 1e-3 / 3, 0.0])
@@ -509,14 +510,11 @@ def test_advantages_and_numbers_do_not_depend_on_the_number_of_ranks(make_roles,
     """huggingface/trl#2596: each rank whitened by its own mean and variance."""
     cfg = stage(whiten_rewards=True, kl_coef=0.3)
     batch = noisy(ready(make_roles(), cfg))
-    whole, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
-    alone = [
-        ppo.estimate_advantages(batch.rows(rows), cfg, kl_coef=cfg.ppo.kl_coef)[0]
-        for rows in by_length(batch)
-    ]
+    whole, stats = ppo_steps.estimate_advantages(batch, cfg)
+    alone = [ppo_steps.estimate_advantages(batch.rows(rows), cfg)[0] for rows in by_length(batch)]
     ranks = TwoRanks(monkeypatch)
     parts = ranks(
-        lambda rows: ppo.estimate_advantages(batch.rows(rows), cfg, kl_coef=cfg.ppo.kl_coef),
+        lambda rows: ppo_steps.estimate_advantages(batch.rows(rows), cfg),
         *by_length(batch),
     )
     for rows, (found, numbers), by_itself in zip(by_length(batch), parts, alone, strict=True):
@@ -532,11 +530,11 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(make_roles, monkeypatch)
     """huggingface/trl#2596: a mean of means gives a rank of short answers too much weight."""
     cfg = stage(epochs=1, micro_batch_size=2, entropy_coef=0.1)
     roles = make_roles()
-    batch = ppo.estimate_advantages(noisy(ready(roles, cfg)), cfg, kl_coef=cfg.ppo.kl_coef)[0]
+    batch = ppo_steps.estimate_advantages(noisy(ready(roles, cfg)), cfg)[0]
 
     def update(rows):
         pair = Summed(roles.policy), Summed(roles.critic)
-        return pair, ppo.update(*pair, batch.rows(rows), cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+        return pair, ppo_steps.update(*pair, batch.rows(rows), cfg, step=1)
 
     whole, stats = update(torch.arange(len(batch)))
     ranks = TwoRanks(monkeypatch)
@@ -568,9 +566,9 @@ def test_ranks_take_as_many_passes_whatever_their_answers(make_roles, monkeypatc
     ranks = TwoRanks(monkeypatch)
 
     def update(rows):
-        part, stats = ppo.estimate_advantages(batch.rows(rows), cfg, kl_coef=cfg.ppo.kl_coef)
+        part, stats = ppo_steps.estimate_advantages(batch.rows(rows), cfg)
         pair = Summed(roles.policy), Summed(roles.critic)
-        stats |= ppo.update(*pair, part, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+        stats |= ppo_steps.update(*pair, part, cfg, step=1)
         return [one.passes for one in pair], stats
 
     (passes, stats), (others, same) = ranks(update, short, long)

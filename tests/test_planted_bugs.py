@@ -144,33 +144,34 @@ PLANTED = (
         bug="answers are decoded and encoded again before training",
         file="rlhf/rollout.py",
         old="""
-    return sample(
-        policy,
-        share(prompts, cfg),
-        keys=_places(len(prompts), cfg),
-        seed=mix(mix(cfg.seed) + step),
-        cfg=cfg.sampling,
-        pad_id=renderer.pad_id,
-        eos_id=renderer.eos_id,
-        device=engine.device(),
-    )
+        return sample(
+            self.policy,
+            [prompt.ids for prompt in prompts],
+            keys=[prompt.key for prompt in prompts],
+            seed=mix(mix(self.seed) + step),
+            cfg=self.cfg,
+            pad_id=self.renderer.pad_id,
+            eos_id=self.renderer.eos_id,
+            device=engine.device(),
+        )
 """,
         new="""
-    drawn = sample(
-        policy,
-        share(prompts, cfg),
-        keys=_places(len(prompts), cfg),
-        seed=mix(mix(cfg.seed) + step),
-        cfg=cfg.sampling,
-        pad_id=renderer.pad_id,
-        eos_id=renderer.eos_id,
-        device=engine.device(),
-    )
-    for row, ids in enumerate(drawn.answer_ids()):
-        text = renderer.tokenizer.decode(ids)
-        again = renderer.tokenizer(text, add_special_tokens=False)["input_ids"][: len(ids)]
-        drawn.responses[row, : len(again)] = torch.tensor(again)
-    return drawn
+        drawn = sample(
+            self.policy,
+            [prompt.ids for prompt in prompts],
+            keys=[prompt.key for prompt in prompts],
+            seed=mix(mix(self.seed) + step),
+            cfg=self.cfg,
+            pad_id=self.renderer.pad_id,
+            eos_id=self.renderer.eos_id,
+            device=engine.device(),
+        )
+        tokenizer = self.renderer.tokenizer
+        for row, ids in enumerate(drawn.answer_ids()):
+            text = tokenizer.decode(ids)
+            again = tokenizer(text, add_special_tokens=False)["input_ids"][: len(ids)]
+            drawn.responses[row, : len(again)] = torch.tensor(again)
+        return drawn
 """,
         caught_by=("test_peer_bugs.py::test_the_tokens_that_were_drawn_are_trained_on",),
     ),

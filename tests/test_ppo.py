@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import fields, replace
 
+import ppo_steps
 import pytest
 import torch
 from launching import start_ranks
@@ -121,13 +122,13 @@ def drawn(policy, cfg, *, prompts=PROMPTS, seed=3):
 def judge(found, roles, cfg, **shaping):
     """By the reward model of `roles` alone."""
     scores = models.scores(roles.reward_model, found.ids, found.mask)
-    return ppo.judge(found, scores, roles, cfg, **shaping)
+    return ppo_steps.judge(found, scores, roles, cfg, **shaping)
 
 
 def ready(roles, cfg, **options):
     """A judged batch, with advantages."""
     batch = judge(drawn(roles.policy, cfg, **options), roles, cfg)
-    return ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)[0]
+    return ppo_steps.estimate_advantages(batch, cfg)[0]
 
 
 def judged(roles, cfg):
@@ -247,7 +248,7 @@ def noisy(batch, seed=0):
 def test_advantages_are_those_of_the_pure_functions(make_roles, whiten):
     cfg = stage(kl_coef=0.3, gamma=0.9, lam=0.8, whiten_advantages=whiten)
     batch = noisy(ready(make_roles(), cfg))
-    found, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    found, _ = ppo_steps.estimate_advantages(batch, cfg)
     mask = batch.response_mask
     rewards = token_rewards(batch.scores, batch.kl, mask, kl_coef=0.3)
     advantages, returns = gae(rewards, batch.old_values, mask, gamma=0.9, lam=0.8)
@@ -265,7 +266,7 @@ def test_advantages_are_those_of_the_pure_functions(make_roles, whiten):
 def test_objective_numbers_by_hand(make_roles):
     cfg = stage(kl_coef=0.3)
     batch = noisy(ready(make_roles(), cfg))
-    found, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    found, stats = ppo_steps.estimate_advantages(batch, cfg)
     rows = [(r[m], m) for r, m in zip(batch.responses, batch.response_mask, strict=True)]
     lengths = [len(answer) for answer, _ in rows]
     kl = sum(float(batch.kl[i][m].sum()) for i, (_, m) in enumerate(rows)) / 8
@@ -297,7 +298,7 @@ def test_objective_numbers_by_hand(make_roles):
 
 def updated(roles, batch, cfg, *, step=1):
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
-    stats = ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
+    stats = ppo_steps.update(policy, critic, batch, cfg, step=step)
     return stats, weights(roles.policy), weights(roles.critic)
 
 
@@ -322,7 +323,7 @@ def test_micro_batch_size_does_not_change_the_weights(make_roles, method):
         roles = make_roles(method)
         cfg = stage(micro_batch_size=micro, epochs=2, whiten_advantages=False)
         batch = noisy(ready(roles, replace_micro(cfg, 8)))
-        batch, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+        batch, _ = ppo_steps.estimate_advantages(batch, cfg)
         start = weights(roles.policy) | weights(roles.critic)
         stats, *after = updated(roles, batch, cfg)
         found.append((stats, *after))
@@ -349,7 +350,7 @@ def test_recomputed_activations_change_no_weight(make_roles, method, zero_stage)
             layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
             layer.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
-        stats = ppo.update(policy, critic, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+        stats = ppo_steps.update(policy, critic, batch, cfg, step=1)
         with engine.gathered(roles.policy), engine.gathered(roles.critic):
             found.append((stats, weights(roles.policy) | weights(roles.critic), len(passes)))
     (stats, plain, once), (again, recomputed, twice) = found
@@ -455,11 +456,11 @@ def test_only_policy_and_critic_learn(make_roles, method):
 
 def test_minibatches_see_every_row_once_in_an_order_of_their_own(make_roles, monkeypatch):
     seen = []
-    train = ppo._train_policy
+    train = ppo.Learner._train_policy
     monkeypatch.setattr(
-        ppo,
+        ppo.Learner,
         "_train_policy",
-        lambda p, micro, *a, **k: seen.append(micro) or train(p, micro, *a, **k),
+        lambda learner, micro, *rest: seen.append(micro) or train(learner, micro, *rest),
     )
     cfg = stage(epochs=2, minibatches=4, micro_batch_size=1)
     batch = ready(make_roles(), cfg)
@@ -531,8 +532,8 @@ def play(make_roles, monkeypatch, *, steps, **settings):
     scores, kls = [], []
     for step in range(1, steps + 1):
         batch = judge(drawn(roles.policy, cfg, prompts=prompts, seed=step), roles, cfg)
-        batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
-        ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
+        batch, stats = ppo_steps.estimate_advantages(batch, cfg)
+        ppo_steps.update(policy, critic, batch, cfg, step=step)
         scores.append(stats["objective/scores"])
         kls.append(stats["objective/kl"])
     return scores, kls
@@ -578,7 +579,8 @@ def test_rows_of_all_ranks_are_in_the_order_of_one(make_roles, monkeypatch, each
     for rank, rows in enumerate(places):  # it is how prompts are shared out
         monkeypatch.setenv("RANK", f"{rank}")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert share(range(8 // each), cfg) == [row // each for row in rows]
+        asked = share(range(8 // each), per_prompt=each)
+        assert asked == [(row, row // each) for row in rows]
     found = ppo.of_all_ranks(parts[0], per_prompt=each)
     for field in fields(whole):
         expected = getattr(whole, field.name)
@@ -598,9 +600,9 @@ def worker(folder):
     batch = Batch(**load_file(f"{folder}/batch.safetensors")).rows(torch.arange(rank, 8, 2))
     policy = AutoModelForCausalLM.from_pretrained(f"{folder}/policy")
     critic = AutoModelForSequenceClassification.from_pretrained(f"{folder}/critic")
-    batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    batch, stats = ppo_steps.estimate_advantages(batch, cfg)
     engines = ppo.engines(policy, critic, cfg.ppo, cfg.engine)
-    stats |= ppo.update(*engines, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+    stats |= ppo_steps.update(*engines, batch, cfg, step=1)
     after = {f"policy.{n}": t.clone() for n, t in policy.state_dict().items()}
     after |= {f"critic.{n}": t.clone() for n, t in critic.state_dict().items()}
     after |= {f"stats.{n}": torch.tensor(value) for n, value in stats.items()}
@@ -618,7 +620,7 @@ def test_two_processes_do_what_one_does(make_roles, tmp_path):
     roles.critic.save_pretrained(tmp_path / "critic")
     start_ranks(2, __file__, str(tmp_path), timeout=900)
 
-    batch, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    batch, stats = ppo_steps.estimate_advantages(batch, cfg)
     more, policy, critic = updated(roles, batch, cfg)
     expected = {f"policy.{n}": t for n, t in policy.items()}
     expected |= {f"critic.{n}": t for n, t in critic.items()}

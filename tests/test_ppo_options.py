@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ppo_steps
 import pytest
 import torch
 from test_ppo import (
@@ -53,7 +54,7 @@ def rewards_by_row(batch, kl_coef):
 def test_answers_are_compared_within_their_prompt(make_roles, name, scale):
     cfg = algorithm(name, stage(kl_coef=0.3), scale=scale)
     batch = noisy(judged(replace(make_roles(), critic=None), cfg))
-    found, stats = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    found, stats = ppo_steps.estimate_advantages(batch, cfg)
     rewards = rewards_by_row(batch, 0.3)
     for row in range(8):
         group = rewards[row // 4 * 4 : row // 4 * 4 + 4]
@@ -74,7 +75,7 @@ def test_answers_are_compared_within_their_prompt(make_roles, name, scale):
 def test_reinforce_pp_is_the_reward_to_come_whitened_over_the_batch(make_roles):
     cfg = algorithm("reinforce_pp", stage(kl_coef=0.3, gamma=0.9))
     batch = noisy(ready(make_roles(), stage()))
-    found, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    found, _ = ppo_steps.estimate_advantages(batch, cfg)
     to_come = []
     for row, mask in enumerate(batch.response_mask):
         kl = batch.kl[row][mask].tolist()
@@ -95,11 +96,11 @@ def test_without_a_critic_the_policy_learns_all_the_same(make_roles, name):
     cfg = algorithm(name, stage(learning_rate=1e-2))
     batch = judge(drawn(roles.policy, cfg), roles, cfg)
     assert batch.old_values is None
-    batch, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    batch, _ = ppo_steps.estimate_advantages(batch, cfg)
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
     assert critic is None
     before = weights(roles.policy)
-    stats = ppo.update(policy, critic, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+    stats = ppo_steps.update(policy, critic, batch, cfg, step=1)
     assert not any(key.startswith("val/") or key == "loss/value" for key in stats)
     assert max(float((t - before[n]).abs().max()) for n, t in weights(roles.policy).items()) > 1e-3
 
@@ -107,13 +108,13 @@ def test_without_a_critic_the_policy_learns_all_the_same(make_roles, name):
 def test_a_checkpoint_without_a_critic_comes_back(make_roles, tmp_path):
     roles, cfg = replace(make_roles(), critic=None), algorithm("rloo", stage(learning_rate=1e-2))
     batch = noisy(judged(roles, cfg))
-    batch, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    batch, _ = ppo_steps.estimate_advantages(batch, cfg)
     policy, critic = ppo.engines(roles.policy, None, cfg.ppo, cfg.engine)
-    ppo.update(policy, critic, batch, cfg, step=1, kl_coef=cfg.ppo.kl_coef)
+    ppo_steps.update(policy, critic, batch, cfg, step=1)
     kept = weights(roles.policy)
-    ppo.save(policy, critic, tmp_path / "kept")
-    ppo.update(policy, critic, batch, cfg, step=2, kl_coef=cfg.ppo.kl_coef)
-    ppo.load(policy, critic, tmp_path / "kept")
+    ppo_steps.save(policy, critic, tmp_path / "kept")
+    ppo_steps.update(policy, critic, batch, cfg, step=2)
+    ppo_steps.load(policy, critic, tmp_path / "kept")
     assert_same(kept, weights(roles.policy), rtol=0, atol=0)
     assert not (tmp_path / "kept" / "critic").exists()
 
@@ -174,7 +175,7 @@ def test_whitened_rewards_have_variance_one_and_keep_their_mean(make_roles):
     """Seen through returns: with gamma 1, lam 1 the first one is the sum of an answer's rewards."""
     batch = noisy(ready(make_roles(), stage()))
     cfg = stage(kl_coef=0.3, whiten_rewards=True, gamma=1.0, lam=1.0)
-    found, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    found, _ = ppo_steps.estimate_advantages(batch, cfg)
     rewards = []
     for row, mask in enumerate(batch.response_mask):
         rewards.append([-0.3 * k for k in batch.kl[row][mask].tolist()])
@@ -192,9 +193,11 @@ def test_whitened_rewards_have_variance_one_and_keep_their_mean(make_roles):
 
 def test_kl_in_the_loss_leaves_the_reward_alone(make_roles):
     batch = noisy(ready(make_roles(), stage()))
-    inside, _ = ppo.estimate_advantages(batch, stage(kl_coef=0.3), kl_coef=0.3)
-    outside, stats = ppo.estimate_advantages(batch, stage(kl_coef=0.3, kl_in="loss"), kl_coef=0.3)
-    without, _ = ppo.estimate_advantages(batch, stage(kl_coef=0.3), kl_coef=0.0)
+    inside, _ = ppo_steps.estimate_advantages(batch, stage(kl_coef=0.3), kl_coef=0.3)
+    outside, stats = ppo_steps.estimate_advantages(
+        batch, stage(kl_coef=0.3, kl_in="loss"), kl_coef=0.3
+    )
+    without, _ = ppo_steps.estimate_advantages(batch, stage(kl_coef=0.3), kl_coef=0.0)
     assert_close(outside.returns, without.returns, rtol=0, atol=0)
     assert float((inside.returns - outside.returns).abs().max()) > 0.01
     assert stats["objective/kl_coef"] == 0.3
@@ -247,8 +250,8 @@ def test_the_price_of_kl_is_fixed_or_steered():
 
 def test_the_price_of_a_step_is_the_one_that_is_paid(make_roles):
     batch = noisy(ready(make_roles(), stage()))
-    dear, stats = ppo.estimate_advantages(batch, stage(kl_coef=0.1), kl_coef=0.7)
-    same, _ = ppo.estimate_advantages(batch, stage(kl_coef=0.7), kl_coef=0.7)
+    dear, stats = ppo_steps.estimate_advantages(batch, stage(kl_coef=0.1), kl_coef=0.7)
+    same, _ = ppo_steps.estimate_advantages(batch, stage(kl_coef=0.7), kl_coef=0.7)
     assert torch.equal(dear.returns, same.returns)
     assert stats["objective/kl_coef"] == 0.7
 
@@ -260,7 +263,7 @@ def test_clip_higher_and_dual_clip_stop_other_tokens(make_roles):
     """Counted by hand on ratios that lie on all sides."""
     roles = make_roles()
     batch = off_policy(noisy(ready(roles, stage())))
-    batch, _ = ppo.estimate_advantages(batch, stage(), kl_coef=stage().ppo.kl_coef)
+    batch, _ = ppo_steps.estimate_advantages(batch, stage(), kl_coef=stage().ppo.kl_coef)
     with torch.no_grad():
         now = ppo.logprobs(roles.policy, batch, stage().sampling)
     mask = batch.response_mask
@@ -301,16 +304,16 @@ def test_while_the_critic_warms_up_the_policy_stands_still(make_roles):
     roles = make_roles()
     cfg = stage(critic_warmup=2, learning_rate=1e-2, critic_learning_rate=1e-2)
     batch = noisy(ready(roles, cfg))
-    batch, _ = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)
+    batch, _ = ppo_steps.estimate_advantages(batch, cfg)
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
     before = weights(roles.policy), weights(roles.critic)
     for step in (1, 2):
-        stats = ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
+        stats = ppo_steps.update(policy, critic, batch, cfg, step=step)
         assert not any(name.startswith("policy/") for name in stats)
     assert_same(weights(roles.policy), before[0], rtol=0, atol=0)
     moved = {n for n, t in weights(roles.critic).items() if not torch.equal(t, before[1][n])}
     assert moved
-    ppo.update(policy, critic, batch, cfg, step=3, kl_coef=cfg.ppo.kl_coef)
+    ppo_steps.update(policy, critic, batch, cfg, step=3)
     changed = weights(roles.policy)
     assert any(not torch.equal(t, before[0][n]) for n, t in changed.items())
 
@@ -340,7 +343,7 @@ def rates(make_roles, **settings):
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
     found = []
     for step in range(1, 5):
-        stats = ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
+        stats = ppo_steps.update(policy, critic, batch, cfg, step=step)
         found.append((stats.get("policy/learning_rate"), stats["val/learning_rate"]))
     return [*found, (policy.learning_rate, critic.learning_rate)]
 

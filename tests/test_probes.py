@@ -61,7 +61,12 @@ def held_out(tokenizer, rows: list[dict], cfg: RMStage | None = None) -> HeldOut
     cfg = cfg or stage()
     split = Split("test", "rows.jsonl", "f", rows, Counter())
     renderer = Renderer(tokenizer)
-    return HeldOutPairs(split, renderer.pairs(split, cfg.data), renderer, cfg)
+    return HeldOutPairs(
+        *(split, renderer.pairs(split, cfg.data), renderer, cfg.card, cfg.engine),
+        positions_taken=cfg.method.positions,
+        max_response_tokens=cfg.data.max_response_tokens,
+        batch_size=cfg.train.micro_batch_size,
+    )
 
 
 def measured(asked: HeldOutPairs, model=None, positions: int | None = 256) -> card.Card:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import ppo_steps
 import pytest
 import torch
 from test_ppo import FULL, LORA, judged, make_roles, ready, stage, updated
@@ -26,7 +27,7 @@ def test_a_fresh_policy_passes(make_roles, method, temperature):
     cfg = stage(temperature=temperature)
     roles = make_roles(method)
     roles.policy.eval()
-    found = proofs.start(roles, judged(roles, cfg), cfg)
+    found = ppo_steps.start(roles, judged(roles, cfg), cfg)
     assert found["proof/kl"] <= 1e-5
     assert found["proof/ratio"] <= 1e-4
     said = proofs.in_words({"proof/kl": 2.5e-7, "proof/ratio": 1e-6, "other": 3.0})
@@ -40,12 +41,12 @@ def test_a_fresh_policy_passes_where_tokens_are_ruled_out(make_roles, settings):
     cfg = stage(**settings)
     roles = make_roles()
     batch = judged(roles, cfg)
-    proofs.start(roles, batch, cfg)
+    ppo_steps.start(roles, batch, cfg)
     with pytest.raises(StoppedByGuard, match="from what was sampled by a ratio"):
-        proofs.start(roles, batch, stage())  # as if all tokens had been possible
+        ppo_steps.start(roles, batch, stage())  # as if all tokens had been possible
     batch = replace(batch, floors=batch.floors + 1.0)
     with pytest.raises(StoppedByGuard, match="from what was sampled by a ratio"):
-        proofs.start(roles, batch, cfg)
+        ppo_steps.start(roles, batch, cfg)
 
 
 def test_a_policy_that_moved_is_refused(make_roles):
@@ -55,7 +56,7 @@ def test_a_policy_that_moved_is_refused(make_roles):
         for parameter in roles.policy.parameters():
             parameter += 1e-3
     with pytest.raises(StoppedByGuard, match="before the first update the policy differs"):
-        proofs.start(roles, judged(roles, cfg), cfg)
+        ppo_steps.start(roles, judged(roles, cfg), cfg)
 
 
 @pytest.mark.parametrize("shift", [1e-3, -1e-3, float("nan")])
@@ -65,14 +66,14 @@ def test_shifted_logprobs_are_refused(make_roles, shift):
     batch = judged(roles, cfg)
     batch.old_logprobs[7, 0] += shift  # one token of the last row is enough
     with pytest.raises(StoppedByGuard, match="from what was sampled by a ratio"):
-        proofs.start(roles, batch, cfg)
+        ppo_steps.start(roles, batch, cfg)
 
 
 def test_another_temperature_is_refused(make_roles):
     roles = make_roles()
     batch = judged(roles, stage(temperature=0.9))
     with pytest.raises(StoppedByGuard, match="from what was sampled"):
-        proofs.start(roles, batch, stage(temperature=1.0))
+        ppo_steps.start(roles, batch, stage(temperature=1.0))
 
 
 def test_dropout_is_refused(make_roles):
@@ -82,7 +83,7 @@ def test_dropout_is_refused(make_roles):
     for layer in roles.policy.model.layers:
         layer.self_attn.attention_dropout = 0.5
     with pytest.raises(StoppedByGuard, match="is dropout off"):
-        proofs.start(roles, judged(roles, cfg), cfg)
+        ppo_steps.start(roles, judged(roles, cfg), cfg)
 
 
 @pytest.mark.parametrize("row", range(8))
@@ -95,7 +96,7 @@ def test_a_policy_of_nan_is_refused(make_roles, row):
     with torch.no_grad():
         roles.policy.lm_head.weight[token] = float("nan")
     with pytest.raises(StoppedByGuard, match="nan nats"):
-        proofs.start(roles, batch, cfg)
+        ppo_steps.start(roles, batch, cfg)
 
 
 # after the first update --------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def test_a_policy_of_nan_is_refused(make_roles, row):
 
 def frozen(roles, cfg):
     batch = ready(roles, cfg)
-    return proofs.Frozen(roles, {"rm/t": roles.reward_model}, batch, cfg), batch
+    return ppo_steps.frozen(roles, {"rm/t": roles.reward_model}, batch, cfg), batch
 
 
 @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])

@@ -6,6 +6,7 @@ import gzip
 import json
 from dataclasses import replace
 
+import ppo_steps
 import pytest
 import torch
 from test_ppo import (
@@ -70,14 +71,13 @@ def test_alone_it_is_a_step_of_sft(make_roles, method, minibatches, micro):
     roles = make_roles(method)
     batch = silent(ready(roles, cfg))
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
-    stats = ppo.update(
+    stats = ppo_steps.update(
         policy,
         critic,
         batch,
         cfg,
         step=1,
         demonstrations=demonstrations(micro),
-        kl_coef=cfg.ppo.kl_coef,
     )
 
     plain = make_roles(method).policy
@@ -106,10 +106,8 @@ def test_it_keeps_the_policy_at_what_sft_taught(make_roles):
         policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
         shown = demonstrations() if coef else None
         for step in range(1, 6):
-            batch, _ = ppo.estimate_advantages(judged(roles, cfg), cfg, kl_coef=cfg.ppo.kl_coef)
-            stats = ppo.update(
-                policy, critic, batch, cfg, step=step, demonstrations=shown, kl_coef=cfg.ppo.kl_coef
-            )
+            batch, _ = ppo_steps.estimate_advantages(judged(roles, cfg), cfg)
+            stats = ppo_steps.update(policy, critic, batch, cfg, step=step, demonstrations=shown)
             assert ("loss/ptx" in stats) == bool(coef)
         total, count = row_by_row(roles.policy)
         found[coef] = float(total) / count
@@ -151,14 +149,13 @@ def test_every_step_goes_on_where_the_last_one_ended(make_roles, monkeypatch):
     batch = ready(roles, cfg)
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine)
     for step in (1, 2):
-        ppo.update(
+        ppo_steps.update(
             policy,
             critic,
             batch,
             cfg,
             step=step,
             demonstrations=demonstrations(),
-            kl_coef=cfg.ppo.kl_coef,
         )
     assert turns == [(n, 4) for n in range(1, 9)]
 
@@ -182,13 +179,17 @@ def asking(**settings):
     return replace(cfg, policy_from="sft/t", data=data.DataConfig("prompts", max_rows=3))
 
 
+def shown_by(cfg, parent):
+    return data.demonstrations(cfg.ppo, cfg.data, parent, named=cfg.policy_from)
+
+
 def test_without_a_coefficient_there_are_none():
-    assert data.demonstrations(stage(), {}) == {}
+    assert shown_by(stage(), {}) == {}
 
 
 def test_the_rows_are_those_of_the_sft_run(rows):
     trained = {"stage": "sft", "data.path": str(rows), "data.columns.messages": "talk"}
-    split = data.demonstrations(asking(), trained)["ptx"]
+    split = shown_by(asking(), trained)["ptx"]
     assert (split.name, len(split.rows)) == ("ptx", 1)
     assert split.rows[0]["response"] == "Hello."
     assert len(split.fingerprint) == 64
@@ -197,19 +198,19 @@ def test_the_rows_are_those_of_the_sft_run(rows):
 def test_rows_can_be_named(rows):
     cfg = asking(ptx_data=str(rows))
     cfg.data.columns.messages = "talk"
-    assert len(data.demonstrations(cfg, {"stage": "ppo"})["ptx"].rows) == 1
+    assert len(shown_by(cfg, {"stage": "ppo"})["ptx"].rows) == 1
 
 
 @pytest.mark.parametrize("parent", [{}, {"stage": "ppo", "data.path": "prompts"}])
 def test_a_parent_that_names_no_rows_is_refused(parent):
     with pytest.raises(ConfigError, match=r"ppo\.ptx_coef=0\.5: sft/t does not tell which rows"):
-        data.demonstrations(asking(), parent)
+        shown_by(asking(), parent)
 
 
 def test_rows_that_are_gone_are_named(rows):
     trained = {"stage": "sft", "data.path": f"{rows}/gone"}
     with pytest.raises(DataError, match=r"ppo\.ptx_data=\S+/gone: .*no data there"):
-        data.demonstrations(asking(), trained)
+        shown_by(asking(), trained)
 
 
 def test_rows_without_a_coefficient_are_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -15,10 +17,12 @@ from small_line import SMALL, numbers, run_stage
 from typer.testing import CliRunner
 
 from rlhf import cli
+from rlhf.checkpointing import STATE, Checkpoints
 from rlhf.config import TemplateConfig
 from rlhf.errors import RegistryError
+from rlhf.manifest import step_name
 from rlhf.registry import Registry
-from rlhf.session import Session
+from rlhf.stage_run import StageRun
 from rlhf.tracking import Tracker
 
 DATA = {stage: given[0] for stage, given in SMALL.items()}  # few rows are held out
@@ -36,6 +40,11 @@ SIZES = {  # three batches are an epoch; checkpoints only at a new best, at a st
     ],
 }
 LAST = {"sft": 7, "rm": 7, "ppo": 4}
+TRACKED = {
+    "sft": ["run", "best", "trainer", "course", "evaluations"],
+    "rm": ["run", "best", "trainer", "course", "evaluations"],
+    "ppo": ["run", "best", "learner", "kl", "stopping", "course"],
+}
 # (asked at the log line of, stops after): TRL logs a step after it has looked at the signals.
 STOPS = {
     "sft": ((1, 2), (3, 4), (5, 6)),
@@ -52,9 +61,82 @@ def run(patch: pytest.MonkeyPatch, runs: Path, stage: str, *overrides: str) -> i
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished line of work, never stopped."""
     runs = tmp_path_factory.mktemp("unbroken")
+    save = Checkpoints.save
+
+    def watching(checkpoints: Checkpoints) -> None:
+        save(checkpoints)
+        tracked = checkpoints.tracked
+        assert untracked(tracked, older) == []
+        for name, one in tracked.items():  # it would be found
+            others = {other: tracked[other] for other in tracked if other != name}
+            assert untracked(others, older) == [type(one).__name__]
+        seen.append(sorted(tracked))
+
     with pytest.MonkeyPatch.context() as patch:
-        assert [run(patch, runs, stage) for stage in SIZES] == [0, 0, 0]
+        patch.setattr(Checkpoints, "save", watching)
+        for stage, names in TRACKED.items():
+            older, seen = stateful(), []
+            assert run(patch, runs, stage) == 0
+            assert seen[-1] == sorted(names)
     return runs
+
+
+def untracked(tracked: dict[str, object], older: list[object]) -> list[str]:
+    """What keeps a state, was made since `older`, and is in no checkpoint."""
+    known = {id(one) for one in (*tracked.values(), *older)}
+    return [type(one).__name__ for one in stateful() if id(one) not in known]
+
+
+def stateful() -> list[object]:
+    """Every object of ours that keeps a state; torch's modules are parts of such objects."""
+    gc.collect()
+    return [
+        one
+        for one in gc.get_objects()
+        if str(type(one).__module__).startswith("rlhf.")
+        and not isinstance(one, torch.nn.Module)
+        and hasattr(type(one), "load_state_dict")
+    ]
+
+
+def state(runs: Path, stage: str, name: str) -> dict[str, Any]:
+    """Of every tracked object, in the checkpoint of a run's last step; seconds left out."""
+    folder = runs / stage / name / "checkpoints" / step_name(LAST[stage])
+    found = json.loads((folder / STATE).read_text())["objects"]
+    assert found["run"].pop("seconds")
+    for one in found.values():
+        for key, value in one.items():
+            if isinstance(value, dict) and "in folder" in value:
+                one[key] = files(folder / value["in folder"])
+    return found
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """What is in the files of a folder, by name."""
+    read = {".safetensors": load_file, ".json": lambda path: json.loads(path.read_text())}
+    read[".pt"] = read[".pth"] = lambda path: torch.load(path, weights_only=False)
+    return {
+        str(path.relative_to(folder)): read[path.suffix](path)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in read and path.name != "trainer_state.json"  # it has a clock in it
+    }
+
+
+def assert_equal(one: Any, other: Any, where: str) -> None:
+    """To the bit, through dicts, lists and tensors."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for n, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{where}[{n}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, int | float | str | bool | None):
+        assert one == other or one != one, where
 
 
 @pytest.fixture
@@ -106,6 +188,7 @@ def test_a_stage_stopped_three_times_ends_as_the_unbroken_one(
     broken = weights(unbroken, stage, "broken")
     for name, tensor in weights(unbroken, stage, "tiny").items():
         torch.testing.assert_close(broken[name], tensor, rtol=0, atol=1e-6, msg=name)
+    assert_equal(state(unbroken, stage, "broken"), state(unbroken, stage, "tiny"), stage)
     registry = Registry(unbroken)
     assert registry.verify(f"{stage}/broken") == []
     ours, theirs = (registry.resolve(f"{stage}/{n}").manifest for n in ("broken", "tiny"))
@@ -117,11 +200,11 @@ def test_a_stage_stopped_three_times_ends_as_the_unbroken_one(
 def test_a_stage_stopped_after_its_last_step_does_not_train_again(
     unbroken, stage, monkeypatch, stop_at, capfd
 ):
-    def stopped(self: Session, *args: Any, **kwargs: Any) -> None:
+    def stopped(self: StageRun, *args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "publish", stopped)
+        patch.setattr(StageRun, "publish", stopped)
         assert run(patch, unbroken, stage, "run_name=late") == 143
     seen = stop_at(-1)
     assert run(monkeypatch, unbroken, stage, "run_name=late") == 0

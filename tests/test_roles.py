@@ -6,6 +6,7 @@ import itertools
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import ppo_steps
 import pytest
 import torch
 from rounding import TINY
@@ -120,8 +121,8 @@ def test_updates_are_the_same(load):
         before = judged(roles, cfg)
         for step in (1, 2, 3):
             batch = noisy(judged(roles, cfg))
-            batch = ppo.estimate_advantages(batch, cfg, kl_coef=cfg.ppo.kl_coef)[0]
-            ppo.update(policy, critic, batch, cfg, step=step, kl_coef=cfg.ppo.kl_coef)
+            batch = ppo_steps.estimate_advantages(batch, cfg)[0]
+            ppo_steps.update(policy, critic, batch, cfg, step=step)
         again = judge(drawn(roles.policy, cfg), roles, cfg)
         after.append((before, again, head(roles.critic).detach().clone()))
         probe = before  # the same tokens, seen again after training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import ppo_steps
 import pytest
 import torch
 from rounding import TINY
@@ -100,7 +101,7 @@ def test_a_steps_noise_depends_on_seed_step_and_place(policy, monkeypatch):
 
     def step(number, seed, prompts=PROMPTS):
         cfg = PPOStage(run_name="t", seed=seed, sampling=SamplingConfig(max_new_tokens=12))
-        return rollout.draw(policy, prompts, cfg, renderer, step=number)
+        return ppo_steps.draw(policy, prompts, cfg, renderer, step=number)
 
     def answers(*args):
         return [tuple(answer) for answer in step(*args).answer_ids()]
@@ -427,7 +428,7 @@ def test_several_answers_to_a_prompt_stand_together_on_one_process(policy, monke
     renderer = SimpleNamespace(pad_id=PAD, eos_id=EOS)
     sampling = SamplingConfig(max_new_tokens=12, per_prompt=4)
     cfg = PPOStage(run_name="t", sampling=sampling)
-    whole = rollout.draw(policy, PROMPTS[:4], cfg, renderer, step=1)
+    whole = ppo_steps.draw(policy, PROMPTS[:4], cfg, renderer, step=1)
     prompts = [
         row[mask].tolist() for row, mask in zip(whole.prompts, whole.prompt_mask, strict=True)
     ]
@@ -436,7 +437,7 @@ def test_several_answers_to_a_prompt_stand_together_on_one_process(policy, monke
     assert all(len({tuple(a) for a in answers[n : n + 4]}) > 1 for n in range(0, 16, 4))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    mine = rollout.draw(policy, PROMPTS[:4], cfg, renderer, step=1)
+    mine = ppo_steps.draw(policy, PROMPTS[:4], cfg, renderer, step=1)
     assert mine.answer_ids() == answers[4:8] + answers[12:16]
 
 

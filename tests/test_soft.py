@@ -31,10 +31,10 @@ from transformers import (
 )
 
 from rlhf import models, rollout, supervised
+from rlhf.checkpointing import Checkpoints
 from rlhf.config import EngineConfig, SamplingConfig, TrainConfig
 from rlhf.console import Console
 from rlhf.errors import ConfigError, ShapeError
-from rlhf.keeper import Keeper
 from rlhf.methods import lora, soft
 from rlhf.methods.settings import LoraConfig, PrefixConfig, PromptConfig, PTuningConfig
 from rlhf.registry import Registry
@@ -718,11 +718,11 @@ def train(trainer, model, tokenizer, rows, runs, *, zero_stage=2, **more):
     cfg = TrainConfig(**settings, warmup=0.0, schedule="constant", eval_every=2)
     console = Console(quiet=True)
     with open_run(Registry(runs), "sft", "t", {}, {}) as run:
-        keeper = Keeper(
+        keeper = Checkpoints(
             run, run.checkpoints_dir, console, stage="sft", total=4, every=cfg.save_every, keep=2
         )
         options = {"cfg": cfg, "engine_cfg": EngineConfig(zero_stage=zero_stage), "seed": 0}
-        return trainer(model, tokenizer, rows, rows, keeper=keeper, **options, **more)
+        return trainer(model, tokenizer, rows, rows, checkpoints=keeper, **options, **more)
 
 
 def mean(values):

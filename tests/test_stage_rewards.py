@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ppo_steps
 import pytest
 import torch
 from small_line import ROOT, few_rows, run_stage
@@ -76,8 +77,8 @@ def judged(monkeypatch):
     """What `ppo.score` was asked and what it said, step by step."""
     seen = []
 
-    def spy(drawn, reward, rows, renderer, cfg, *, real=ppo.score):
-        out = real(drawn, reward, rows, renderer, cfg)
+    def spy(drawn, reward, rows, renderer, *, real=ppo.score, **sizes):
+        out = real(drawn, reward, rows, renderer, **sizes)
         texts = [renderer.decode(ids) for ids in drawn.answer_ids()]
         prompts = [renderer.prompt(row["prompt"]) for row in rows]
         seen.append((drawn, rows, prompts, texts, *out))
@@ -285,7 +286,8 @@ def test_an_ensemble_is_lowered_by_what_its_members_disagree_on(pair, judged, mo
 @pytest.mark.parametrize("each", [1, 4])
 def test_the_rows_are_shared_as_the_answers_are(monkeypatch, each):
     cfg = PPOStage(run_name="t", sampling=SamplingConfig(per_prompt=each))
-    prompts, found = [[n] for n in range(4)], {}
+    prompts, found, asked = [[n] for n in range(4)], {}, {}
+    rows = [{"ids": ids} for ids in prompts]
 
     def sample(policy, prompts, *, keys, **_):
         return dict(zip(keys, prompts, strict=True))
@@ -297,11 +299,19 @@ def test_the_rows_are_shared_as_the_answers_are(monkeypatch, each):
     monkeypatch.setattr(rollout, "world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(rollout, "rank", lambda rank=rank: rank)
-        drawn = rollout.draw(None, prompts, cfg, Renderer(), step=1)
-        assert rollout.share(prompts, cfg) == list(drawn.values())
+        drawn = ppo_steps.draw(None, prompts, cfg, Renderer(), step=1)
+        mine = rollout.Prompts(prompts, rows, seed=0, answers=4 * each, per_prompt=each).batch(1)
+        assert [prompt.key for prompt in mine] == list(drawn)
+        assert all(prompt.row["ids"] == prompt.ids for prompt in mine)
+        asked |= {prompt.key: prompt.ids for prompt in mine}
         found |= drawn
     assert [found[place] for place in range(4 * each)] == [
         [n] for n in range(4) for _ in range(each)
+    ]
+    order = [asked[place] for place in range(0, 4 * each, each)]
+    assert sorted(order) == prompts
+    assert [asked[place] for place in range(4 * each)] == [
+        ids for ids in order for _ in range(each)
     ]
 
 

@@ -160,14 +160,14 @@ def test_the_numbers_that_are_published_are_those_of_the_published_step(line, mo
 
     found = iter([1.0, 0.0, 0.0])
     monkeypatch.setattr(ppo, "worth", lambda *a: next(found))
-    check = monitor.Monitor.check
+    check = monitor.StoppingRules.check
 
     def stop(self, stats, *, step):
         check(self, stats, step=step)
         if (ends, step) == ("stopped", 3):
             raise StoppedByGuard("as the test wants it")
 
-    monkeypatch.setattr(monitor.Monitor, "check", stop)
+    monkeypatch.setattr(monitor.StoppingRules, "check", stop)
     given = [f"runs_dir={line}", "tracking=off", *SMALL["ppo"], f"run_name=first-{ends}"]
     given += ["ppo.steps=3", "ppo.eval_every=1", "ppo.learning_rate=1e-3"]
     assert run_stage(monkeypatch, "ppo", *given) == (3 if ends == "stopped" else 0)

@@ -14,9 +14,9 @@ from rounding import TINY
 from torch.testing import assert_close
 
 from rlhf import interrupts, models, supervised
+from rlhf.checkpointing import Checkpoints
 from rlhf.config import EngineConfig, TrainConfig
 from rlhf.console import Console
-from rlhf.keeper import Keeper
 from rlhf.methods.settings import FullConfig, LoraConfig
 from rlhf.metrics import METRICS
 from rlhf.registry import Registry
@@ -91,7 +91,7 @@ def train(
     tracker.stop = stop
     folder = TemporaryDirectory() if place is None else nullcontext(place)
     with folder as runs, open_run(Registry(runs), "sft", "t", {}, {}) as run:
-        keeper = Keeper(
+        keeper = Checkpoints(
             run,
             run.checkpoints_dir,
             Console(quiet=True),
@@ -108,7 +108,7 @@ def train(
             cfg=cfg,
             engine_cfg=engine_cfg or EngineConfig(zero_stage=zero_stage),
             seed=0,
-            keeper=keeper,
+            checkpoints=keeper,
             tracker=tracker,
             note=(notes if notes is not None else []).append,
             **more,
@@ -418,7 +418,7 @@ def test_training_ends_where_nothing_better_is_found(policy, tiny_tokenizer, pat
         train_sft, model, tiny_tokenizer, rows, other, notes=notes, patience=patience, **HARD
     )
     assert held_out_losses(tracker) == {step: losses[step] for step in range(last + 1)}
-    assert (keeper.step, keeper.best["step"]) == (last, best)
+    assert (keeper.step, keeper.best.step) == (last, best)
     assert not keeper.stopping
     assert keeper.stopped is None
     assert metrics["eval/loss"] == losses[best]
@@ -451,7 +451,7 @@ def test_patience_is_counted_from_the_last_better_one(policy, tiny_tokenizer, mo
         train_sft, policy(), tiny_tokenizer, demonstrations(), patience=2, **HARD
     )
     assert list(held_out_losses(tracker).values()) == [9.0, 5.0, 6.0, 4.0, 6.0, 5.0]
-    assert (keeper.step, keeper.best["step"]) == (5, 3)
+    assert (keeper.step, keeper.best.step) == (5, 3)
 
 
 def test_patience_is_counted_across_a_stop(policy, tiny_tokenizer, tmp_path):
@@ -465,7 +465,7 @@ def test_patience_is_counted_across_a_stop(policy, tiny_tokenizer, tmp_path):
     model = policy()
     _, keeper, tracker = train(train_sft, model, tiny_tokenizer, rows, other, **given)
     assert min(held_out_losses(tracker)) == last, "it should go on just before it gives up"
-    assert (keeper.step, keeper.best["step"]) == (last, best)
+    assert (keeper.step, keeper.best.step) == (last, best)
     again, notes = policy(), []  # ended before it was published
     metrics, keeper, tracker = train(
         train_sft, again, tiny_tokenizer, rows, other, notes=notes, **given

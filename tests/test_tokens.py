@@ -25,10 +25,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from rlhf import models, supervised, text
+from rlhf.checkpointing import Checkpoints
 from rlhf.config import CONF, PROJECT, EngineConfig, TemplateConfig, TrainConfig
 from rlhf.console import Console
 from rlhf.errors import ConfigError
-from rlhf.keeper import Keeper
 from rlhf.methods import families, tokens
 from rlhf.methods.settings import METHOD_SETTINGS, LoraConfig
 from rlhf.methods.table import METHODS
@@ -279,7 +279,7 @@ def train(policy, renderer, method, engine_cfg=ENGINE, steps=4):
         eval_every=steps,
     )
     with TemporaryDirectory() as runs, open_run(Registry(runs), "sft", "t", {}, {}) as run:
-        keeper = Keeper(
+        keeper = Checkpoints(
             run,
             run.checkpoints_dir,
             Console(quiet=True),
@@ -296,7 +296,7 @@ def train(policy, renderer, method, engine_cfg=ENGINE, steps=4):
             cfg=cfg,
             engine_cfg=engine_cfg,
             seed=0,
-            keeper=keeper,
+            checkpoints=keeper,
             method=method,
         )
 

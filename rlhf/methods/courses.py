@@ -5,9 +5,9 @@ The trainer asks at fixed places, and knows no method by name.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from rlhf.config import TrainConfig
 from rlhf.errors import ConfigError
 from rlhf.methods import lora
 from rlhf.methods.settings import ADAPTER, AdaLoraConfig, MethodConfig, PhasedLoraConfig
+from rlhf.state import read_state
 
-FILES = "adalora"  # .json and .safetensors, in a checkpoint
+AVERAGES = "importance.safetensors"
 
 
 def of(method: MethodConfig | None, model: nn.Module, cfg: TrainConfig, steps: int) -> Course:
@@ -63,13 +64,13 @@ class Course:
         """Optimizer step -> factor on the learning rate; None: as `train.schedule` says."""
         return None
 
-    def begin(self, optimizer: torch.optim.Optimizer, step: int, folder: Path | None) -> None:
+    def begin(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Training starts.
 
         Args:
             optimizer: torch's, whatever DeepSpeed has put around it.
-            step: optimizer steps that were done before; the weights of that step are loaded.
-            folder: where `save` wrote then; None where training is new.
+            step: optimizer steps that were done before; the weights of that step are loaded, and
+                so is the state of its checkpoint.
         """
 
     def end_step(self, step: int) -> None:
@@ -79,11 +80,20 @@ class Course:
         """What is added to the loss of a batch while the model is trained."""
         return None
 
-    def save(self, folder: Path) -> None:
-        """Write what a resumed run needs beside weights and optimizer; every process calls it."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights and optimizer."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        read_state(_Nothing, state, self)
 
     def end(self) -> None:
         """Training is over; also after an error."""
+
+
+@dataclass
+class _Nothing:
+    """The state of most methods."""
 
 
 # ---------------------------------------------------------------- ReLoRA, PLoRA
@@ -146,7 +156,7 @@ class Phases(Course):
 
         return factor
 
-    def begin(self, optimizer: torch.optim.Optimizer, step: int, folder: Path | None) -> None:
+    def begin(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         self._optimizer, self._phase = optimizer, self.phase(step)
         layers: list[Any] = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         for layer in layers:
@@ -178,6 +188,14 @@ class Phases(Course):
 # ---------------------------------------------------------------- AdaLoRA
 
 
+@dataclass
+class _Pruned:
+    """The state of AdaLoRA: the triples that are left, and the folder of their importance."""
+
+    rank_pattern: dict[str, Any] | None
+    importance: Path
+
+
 class Pruning(Course):
     """Singular values E of the least important triples are set to 0 (Zhang et al. 2023).
 
@@ -193,12 +211,13 @@ class Pruning(Course):
         self._coefficient = method.orthogonality
         self._step = 0
         self._hook: Any = None
+        self._found: _Pruned | None = None  # in the checkpoint that training goes on from
 
     @property
     def _ranks(self) -> RankAllocator:
         return self._tuner.rankallocator
 
-    def begin(self, optimizer: torch.optim.Optimizer, step: int, folder: Path | None) -> None:
+    def begin(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """As above.
 
         Raises:
@@ -211,8 +230,8 @@ class Pruning(Course):
                 "back, which undoes the pruning. Use engine=zero0 with engine.dtype=fp32."
             )
         self._step = step
-        if folder is not None:
-            self._load(folder)
+        if self._found is not None:
+            self._put_back(self._found)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._prune())
 
     def _prune(self) -> None:
@@ -231,7 +250,11 @@ class Pruning(Course):
                 norms.append(torch.linalg.matrix_norm(p @ p.T - torch.eye(len(p)).to(p)))
         return self._coefficient * torch.stack(norms).mean()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"rank_pattern": self._config.rank_pattern, "importance": self}
+
     def save(self, folder: Path) -> None:
+        """The running averages of every triple's importance; every process calls it."""
         if not ranks.is_main():
             return
         averages = {
@@ -239,16 +262,17 @@ class Pruning(Course):
             for kind in ("exp_avg_ipt", "exp_avg_unc")
             for name, value in getattr(self._ranks, kind).items()
         }
-        save_file(averages, folder / f"{FILES}.safetensors")
-        settled = {"rank_pattern": self._config.rank_pattern}
-        (folder / f"{FILES}.json").write_text(json.dumps(settled) + "\n", encoding="utf-8")
+        folder.mkdir()
+        save_file(averages, folder / AVERAGES)
 
-    def _load(self, folder: Path) -> None:
-        settled = json.loads((folder / f"{FILES}.json").read_text(encoding="utf-8"))
-        self._config.rank_pattern = settled["rank_pattern"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._found = read_state(_Pruned, state, self)
+
+    def _put_back(self, found: _Pruned) -> None:
+        self._config.rank_pattern = found.rank_pattern
         weights = dict(self._tuner.model.named_parameters())
         self._ranks.reset_ipt()
-        for key, value in load_file(folder / f"{FILES}.safetensors").items():
+        for key, value in load_file(found.importance / AVERAGES).items():
             kind, name = key.split("/")
             getattr(self._ranks, kind)[name] = value.to(weights[name])
             self._ranks.ipt[name] = torch.zeros_like(weights[name])

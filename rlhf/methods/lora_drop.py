@@ -12,7 +12,8 @@ import contextlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,27 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from rlhf.methods.settings import ADAPTER, LoraDropConfig
+from rlhf.state import read_state
 
 FILE = "lora_drop.json"  # beside the adapter's weights
 
 Plan = dict[str, list[str]]  # "kept": layers; "<kind> <shape>": layers that share one adapter
 Row = dict[str, list[int]]
+
+
+@dataclass
+class Sharing:
+    """The plan of a run, once it has one."""
+
+    plan: Plan | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.plan = read_state(Sharing, state, self).plan
+
+
 # rows -> (sum of losses, how many there are, mask [B, T] of the real tokens of the forward pass)
 Loss = Callable[[list[Row]], tuple[Tensor, int, Tensor]]
 

@@ -6,7 +6,7 @@ two are tied), by peft. Methods that train neither refuse a template that writes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,33 @@ def _distance_to_another(weight: Tensor, number: int) -> Tensor:
     distances = torch.cat(parts)
     distances[number] = torch.inf
     return distances.min()
+
+
+def make_room(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Iterable[str],
+    *,
+    added: Collection[str],
+    method: MethodConfig,
+    engine: EngineConfig,
+    note: Callable[[str], None],
+) -> list[int]:
+    """Find the tokens that the base never saw, say so, and give rows to those that have none.
+
+    Args:
+        names, added: as in `unseen`.
+
+    Returns:
+        Their ids, for `models.trainable`.
+
+    Raises:
+        ConfigError: the method cannot learn them.
+    """
+    if new := unseen(model, tokenizer, names, added=added):
+        note(check(new, tokenizer, method, engine))
+        grow(model, tokenizer)
+    return new
 
 
 def check(

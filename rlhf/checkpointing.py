@@ -1,7 +1,7 @@
 """Checkpoints of a stage at work: when one is written, which is best, where a run goes on.
 
 A checkpoint is written at a step boundary by all processes together and is complete, with a
-manifest, or not there. `state.json` in it holds what a resumed run must know and no weight.
+manifest, or not there. `state.json` in it holds the state of every tracked object, by name.
 """
 
 from __future__ import annotations
@@ -12,22 +12,56 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf import engine, interrupts, ranks
 from rlhf.console import Console, Pace
-from rlhf.errors import StoppedByGuard
+from rlhf.errors import RegistryError, StoppedByGuard
 from rlhf.manifest import step_name
 from rlhf.run import Run
-from rlhf.tracking import Tracker
+from rlhf.state import Saves, Stateful, read_state
 
 STATE = "state.json"
+VERSION = 2  # of that file; 1 had no version in it
+_FOLDER = "in folder"  # what stands in STATE for what has a folder of its own
 
 
-class Keeper:
-    """Keeps one stage's progress. `session.keeper` makes it.
+@dataclass
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        step: None where there is none yet.
+        value: the held-out value that it is judged by; higher is better.
+        numbers: all numbers of that step.
+    """
+
+    step: int | None = None
+    value: float | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def beaten_by(self, value: float | None) -> bool:
+        """Whether `value` is a finite number above the best one.
+
+        A nan or an infinity is not: no later value could beat it.
+        """
+        if value is None or not math.isfinite(value):
+            return False
+        return self.value is None or value > self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        read = read_state(Best, state, self)
+        self.step, self.value, self.numbers = read.step, read.value, read.numbers
+
+
+class Checkpoints:
+    """Keeps one stage's progress. `StageRun.begin` makes it.
 
     Args:
         run: the run, on the main process; None on the others.
@@ -36,17 +70,17 @@ class Keeper:
         every: a checkpoint every so many steps; one is always written at the last step, at a new
             best, and when the stage is asked to stop.
         keep: newest checkpoints that stay, beside the best.
-        seconds: what each phase has cost so far, to be found again.
 
     Attributes:
         step: the step that was done last, or is at work.
-        state: what the stage wants to find again when it is resumed; JSON values.
-        best: {"step", "value"} of the best held-out value so far, or None.
+        best: the best held-out value so far.
         folder: the checkpoint this run goes on from, until the first step is done; None where it
             starts anew.
-        tracker: whose lines are counted, once there is one.
         stopping: some process was asked to stop; the checkpoint of this step is the last.
         stopped: why a guard ended it early, where the best checkpoint is published all the same.
+
+    Raises:
+        RegistryError: an earlier version of this program wrote the checkpoint.
     """
 
     def __init__(
@@ -59,15 +93,12 @@ class Keeper:
         total: int,
         every: int,
         keep: int,
-        seconds: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.total = total
         self.step = 0
-        self.state: dict[str, Any] = {}
-        self.best: dict[str, Any] | None = None
-        self.tracker: Tracker | None = None
+        self.best = Best()
         self._run, self._dir, self._console = run, checkpoints_dir, console
-        self._stage, self._every, self._keep, self._seconds = stage, every, keep, seconds
+        self._stage, self._every, self._keep = stage, every, keep
         self.stopping = False
         self.stopped: str | None = None
         self._improved = False
@@ -75,7 +106,10 @@ class Keeper:
         self._pace: Pace | None = None
         self.folder: Path | None = None
         self._converted: Path | None = None
+        self._tracked: dict[str, Stateful] = {}
+        self._found: dict[str, Any] = {}  # states that no object has taken yet
         self._read()
+        self.track(best=self.best)
 
     def _read(self) -> None:
         latest = self._run.latest if self._run is not None else None
@@ -84,12 +118,45 @@ class Keeper:
             return
         self.folder = self._folder(self.step)
         stored = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        self.state, self.best = stored["state"], stored["best"]
-        if self.best is not None and not math.isfinite(self.best["value"]):
-            self.best = None  # of a version that let it be the best; nothing would beat it
+        if (version := stored.get("version", 1)) != VERSION:
+            raise RegistryError(
+                f"{self.folder}: its {STATE} is of version {version}, and this program reads "
+                f"version {VERSION}: a resumed run would not be the one that was interrupted. "
+                "Finish the run with the program that began it, or start it again: overwrite=true "
+                "moves it aside, run_name=... makes another."
+            )
+        self._found = stored["objects"]
         self._console.note(f"[{self._stage}] goes on from its checkpoint at step {self.step}")
         if stored["world_size"] != ranks.world_size():
             self._convert(stored["world_size"])
+
+    @property
+    def tracked(self) -> dict[str, Stateful]:
+        """Every registered object, by name."""
+        return dict(self._tracked)
+
+    def track(self, **objects: Stateful) -> None:
+        """Register what a checkpoint holds; a run that goes on puts its state back at once.
+
+        Raises:
+            RegistryError: the checkpoint lacks it, or its state is of another kind.
+        """
+        for name, one in objects.items():
+            assert name not in self._tracked, f"{name} is tracked twice"
+            self._tracked[name] = one
+            if self.folder is None:
+                continue
+            if name not in self._found:
+                raise RegistryError(f"{self.folder / STATE}: it holds no state of {name!r}.")
+            one.load_state_dict(
+                {key: self._loaded_value(value) for key, value in self._found.pop(name).items()}
+            )
+
+    def _loaded_value(self, value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() == {_FOLDER}:
+            assert self.folder is not None
+            return self.folder / value[_FOLDER]
+        return value
 
     def _convert(self, made_by: int) -> None:
         """Go on from a copy of the checkpoint that another number of processes can load."""
@@ -121,14 +188,9 @@ class Keeper:
         self._converted = None
 
     @property
-    def is_best(self) -> bool:
-        """Whether the step that was done last is the best so far."""
-        return self.best is not None and self.best["step"] == self.step
-
-    @property
     def model_is(self) -> str:
         """What model/ will hold: "best" where a best one was chosen, else "last"."""
-        return "last" if self.best is None else "best"
+        return "last" if self.best.step is None else "best"
 
     # ------------------------------------------------------------ while it trains
 
@@ -142,7 +204,13 @@ class Keeper:
         Raises:
             KeyboardInterrupt, Terminated: asked to stop, after the checkpoint.
             StoppedByGuard: a guard stopped it before there was a best checkpoint.
+            RegistryError: the checkpoint holds the state of something that is not tracked.
         """
+        if self._found:
+            raise RegistryError(
+                f"{self._folder(self.step) / STATE}: it holds the state of "
+                f"{', '.join(self._found)}, which this run does not track."
+            )
         progress = self._console.progress(self._stage, self.total, done=self.step)
         try:
             with interrupts.held() as self._held, progress as self._pace:
@@ -150,25 +218,21 @@ class Keeper:
             engine.barrier()
             self._loaded()  # there may have been no step
         except StoppedByGuard as error:
-            if self.best is None:
+            if self.best.step is None:
                 raise
             self.stopped = str(error)
-            at = step_name(self.best["step"])
+            at = step_name(self.best.step)
             self._console.note(f"[{self._stage}] stopped by a guard: publishing the best, {at}")
         if self.stopping:
             interrupts.raise_for(self._held.asked or signal.SIGTERM)  # asked on another process
 
-    def steps(self, write: Callable[[Path], None]) -> Iterator[int]:
-        """The steps still to do; after each one a checkpoint where it is time for one.
-
-        Args:
-            write: fills a folder; called on every process.
-        """
+    def steps(self) -> Iterator[int]:
+        """The steps still to do; after each one a checkpoint where it is time for one."""
         for step in range(self.step + 1, self.total + 1):
             self.step = step
             yield step
             if self.end_step(step) or self._improved:
-                self.save(write)
+                self.save()
             if self.stopping:
                 return
 
@@ -179,29 +243,29 @@ class Keeper:
             self._pace.advance()
         self.stopping = engine.any_rank(self._held.asked is not None)
         self._loaded()
-        return self.stopping or self.at(step, self._every)
+        return self.stopping or self.due(step, self._every)
 
-    def at(self, step: int, every: int) -> bool:
+    def due(self, step: int, every: int) -> bool:
         """True every so many steps, and at the last one."""
         return step % every == 0 or step == self.total
 
-    def consider(self, value: float | None) -> bool:
+    def consider(self, value: float | None, numbers: Mapping[str, float]) -> bool:
         """Compare a held-out value (higher is better) of this step with the best so far.
 
         Args:
             value: None where this step may not be the best one. Nor may it where that is nan or
-                an infinity: no later value could beat it.
+                an infinity.
+            numbers: what is known of the step; published with it.
 
         Returns:
             True where it is the new best, which a checkpoint will hold.
         """
-        counts = value is not None and math.isfinite(value)
-        if counts and (self.best is None or value > self.best["value"]):
-            self.best = {"step": self.step, "value": value}
+        if self.best.beaten_by(value):
+            self.best.step, self.best.value, self.best.numbers = self.step, value, dict(numbers)
             self._improved = True
         return self._improved
 
-    def save(self, write: Callable[[Path], None]) -> None:
+    def save(self) -> None:
         """Write a checkpoint of this step; every process calls it."""
         with contextlib.ExitStack() as stack:
             folder = self._dir / f".{step_name(self.step)}.tmp"
@@ -209,11 +273,10 @@ class Keeper:
                 writing = self._run.checkpoint(self.step, best=self._improved, keep=self._keep)
                 folder = stack.enter_context(writing)
             engine.barrier()
-            write(folder)
+            states = {name: _write(one, folder) for name, one in self._tracked.items()}
             if self._run is not None:
-                lines = self.tracker.lines if self.tracker is not None else 0
-                self.state |= {"lines": lines, "seconds": self._seconds()}
-                stored = {"state": self.state, "best": self.best, "world_size": ranks.world_size()}
+                size = ranks.world_size()
+                stored = {"version": VERSION, "world_size": size, "objects": states}
                 (folder / STATE).write_text(json.dumps(stored) + "\n", encoding="utf-8")
             engine.barrier()
         engine.barrier()  # nobody leaves before it is complete
@@ -225,10 +288,20 @@ class Keeper:
 
     def best_folder(self) -> Path | None:
         """The best checkpoint, where it is not the last step, whose weights are in memory."""
-        in_memory = self.stopped is None and self.is_best
-        if self.best is None or in_memory:
+        in_memory = self.stopped is None and self.best.step == self.step
+        if self.best.step is None or in_memory:
             return None
-        return self._folder(self.best["step"])
+        return self._folder(self.best.step)
 
     def _folder(self, step: int) -> Path:
         return self._dir / step_name(step)
+
+
+def _write(one: Stateful, folder: Path) -> dict[str, Any]:
+    """The state of an object as JSON holds it; what `Saves` is written below `folder`."""
+    state = one.state_dict()
+    for key, value in state.items():
+        if isinstance(value, Saves):
+            value.save(folder / key)
+            state[key] = {_FOLDER: key}
+    return state
