@@ -17,16 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf import engine, interrupts, ranks
+from rlhf import engine, interrupts, ranks, state
 from rlhf.console import Console, Pace
 from rlhf.errors import RegistryError, StoppedByGuard
 from rlhf.manifest import step_name
 from rlhf.run import Run
 from rlhf.state import Saves, Stateful, read_state
 
-STATE = "state.json"
-VERSION = 2  # of that file; 1 had no version in it
-_FOLDER = "in folder"  # what stands in STATE for what has a folder of its own
+_FOLDER = "in folder"  # what stands in state.json for what has a folder of its own
 
 
 @dataclass
@@ -55,8 +53,8 @@ class Best:
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        read = read_state(Best, state, self)
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        read = read_state(Best, values, self)
         self.step, self.value, self.numbers = read.step, read.value, read.numbers
 
 
@@ -117,14 +115,7 @@ class Checkpoints:
         if self.step == 0:
             return
         self.folder = self._folder(self.step)
-        stored = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        if (version := stored.get("version", 1)) != VERSION:
-            raise RegistryError(
-                f"{self.folder}: its {STATE} is of version {version}, and this program reads "
-                f"version {VERSION}: a resumed run would not be the one that was interrupted. "
-                "Finish the run with the program that began it, or start it again: overwrite=true "
-                "moves it aside, run_name=... makes another."
-            )
+        stored = state.read_file(self.folder)
         self._found = stored["objects"]
         self._console.note(f"[{self._stage}] goes on from its checkpoint at step {self.step}")
         if stored["world_size"] != ranks.world_size():
@@ -147,7 +138,7 @@ class Checkpoints:
             if self.folder is None:
                 continue
             if name not in self._found:
-                raise RegistryError(f"{self.folder / STATE}: it holds no state of {name!r}.")
+                raise RegistryError(f"{self.folder / state.FILE}: it holds no state of {name!r}.")
             one.load_state_dict(
                 {key: self._loaded_value(value) for key, value in self._found.pop(name).items()}
             )
@@ -208,7 +199,7 @@ class Checkpoints:
         """
         if self._found:
             raise RegistryError(
-                f"{self._folder(self.step) / STATE}: it holds the state of "
+                f"{self._folder(self.step) / state.FILE}: it holds the state of "
                 f"{', '.join(self._found)}, which this run does not track."
             )
         progress = self._console.progress(self._stage, self.total, done=self.step)
@@ -276,8 +267,8 @@ class Checkpoints:
             states = {name: _write(one, folder) for name, one in self._tracked.items()}
             if self._run is not None:
                 size = ranks.world_size()
-                stored = {"version": VERSION, "world_size": size, "objects": states}
-                (folder / STATE).write_text(json.dumps(stored) + "\n", encoding="utf-8")
+                stored = {"version": state.VERSION, "world_size": size, "objects": states}
+                (folder / state.FILE).write_text(json.dumps(stored) + "\n", encoding="utf-8")
             engine.barrier()
         engine.barrier()  # nobody leaves before it is complete
         self._improved = False
@@ -299,9 +290,9 @@ class Checkpoints:
 
 def _write(one: Stateful, folder: Path) -> dict[str, Any]:
     """The state of an object as JSON holds it; what `Saves` is written below `folder`."""
-    state = one.state_dict()
-    for key, value in state.items():
+    values = one.state_dict()
+    for key, value in values.items():
         if isinstance(value, Saves):
             value.save(folder / key)
-            state[key] = {_FOLDER: key}
-    return state
+            values[key] = {_FOLDER: key}
+    return values

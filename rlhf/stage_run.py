@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 import rlhf
-from rlhf import compatibility, config, guards, ranks, run, threads
+from rlhf import compatibility, config, guards, ranks, run, state, threads
 from rlhf.console import Console
 from rlhf.data import Split
 from rlhf.errors import RegistryError, StoppedByGuard
@@ -196,8 +196,8 @@ class StageRun:
         lines = self.tracker.lines if self.tracker is not None else 0
         return dataclasses.asdict(_State(self._seconds(), lines, self._numbers))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        read = read_state(_State, state, self)
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        read = read_state(_State, values, self)
         self._before, self._numbers = read.seconds, read.numbers
         if self.tracker is not None:
             self.tracker.rewind(read.lines, step=self.checkpoints.step)
@@ -504,6 +504,8 @@ def _open(
         overwrite=cfg.overwrite,
         command=sys.argv,
     ) as written:
+        if written.latest is not None:
+            state.read_file(written.latest.path)  # of an earlier version: refused before a load
         opened = StageRun(cfg, written, console, data, parents)
         for text in written.notes:
             opened.note(text)

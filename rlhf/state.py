@@ -3,17 +3,24 @@
 A state holds JSON values, and things with `save(folder)`, such as weights with their optimizer:
 each gets a folder of its own in a checkpoint, and comes back as the path of that folder. Whatever
 has a state is registered once, by `Checkpoints.track`. No torch.
+
+`state.json` in a checkpoint holds them: {"version", "world_size", "objects": name -> state}.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from rlhf.errors import RegistryError
 from rlhf.manifest import read_typed
 
 T = TypeVar("T")
+
+FILE = "state.json"
+VERSION = 2  # of that file; 1 had no version in it
 
 
 @runtime_checkable
@@ -25,7 +32,7 @@ class Saves(Protocol):
 
 
 class Stateful(Protocol):
-    """What a resumed run goes on with. Its JSON values are the same on every process."""
+    """What a resumed run goes on with. The JSON values of rank 0 are those of all processes."""
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes, but for paths in the place of what `Saves`."""
@@ -46,3 +53,20 @@ def read_state(kind: type[T], state: Mapping[str, Any], owner: object) -> T:
     """
     read: T = read_typed(kind, dict(state), f"state of {type(owner).__name__}")
     return read
+
+
+def read_file(checkpoint: Path) -> dict[str, Any]:
+    """What `state.json` in the folder of a checkpoint holds.
+
+    Raises:
+        RegistryError: another version of this program wrote it.
+    """
+    found: dict[str, Any] = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
+    if (version := found.get("version", 1)) != VERSION:
+        raise RegistryError(
+            f"{checkpoint}: its {FILE} is of version {version}, and this program reads version "
+            f"{VERSION}: a resumed run would not be the one that was interrupted. Finish the run "
+            "with the program that began it, or start it again: overwrite=true moves it aside, "
+            "run_name=... makes another."
+        )
+    return found

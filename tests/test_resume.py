@@ -6,6 +6,9 @@ import gc
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_line import SMALL, numbers, run_stage
+from small_line import ROOT, SMALL, numbers, run_stage
 from typer.testing import CliRunner
 
 from rlhf import cli
-from rlhf.checkpointing import STATE, Checkpoints
+from rlhf import state as state_module
+from rlhf.checkpointing import Checkpoints
 from rlhf.config import TemplateConfig
 from rlhf.errors import RegistryError
 from rlhf.manifest import step_name
 from rlhf.registry import Registry
 from rlhf.stage_run import StageRun
+from rlhf.state import FILE
 from rlhf.tracking import Tracker
 
 DATA = {stage: given[0] for stage, given in SMALL.items()}  # few rows are held out
@@ -102,7 +107,7 @@ def stateful() -> list[object]:
 def state(runs: Path, stage: str, name: str) -> dict[str, Any]:
     """Of every tracked object, in the checkpoint of a run's last step; seconds left out."""
     folder = runs / stage / name / "checkpoints" / step_name(LAST[stage])
-    found = json.loads((folder / STATE).read_text())["objects"]
+    found = json.loads((folder / FILE).read_text())["objects"]
     assert found["run"].pop("seconds")
     for one in found.values():
         for key, value in one.items():
@@ -187,7 +192,7 @@ def test_a_stage_stopped_three_times_ends_as_the_unbroken_one(
     assert numbers(unbroken, stage, "broken") == numbers(unbroken, stage)
     broken = weights(unbroken, stage, "broken")
     for name, tensor in weights(unbroken, stage, "tiny").items():
-        torch.testing.assert_close(broken[name], tensor, rtol=0, atol=1e-6, msg=name)
+        assert torch.equal(broken[name], tensor), name
     assert_equal(state(unbroken, stage, "broken"), state(unbroken, stage, "tiny"), stage)
     registry = Registry(unbroken)
     assert registry.verify(f"{stage}/broken") == []
@@ -213,7 +218,7 @@ def test_a_stage_stopped_after_its_last_step_does_not_train_again(
     assert numbers(unbroken, stage, "late") == numbers(unbroken, stage)
     late = weights(unbroken, stage, "late")
     for name, tensor in weights(unbroken, stage, "tiny").items():
-        torch.testing.assert_close(late[name], tensor, rtol=0, atol=1e-6, msg=name)
+        assert torch.equal(late[name], tensor), name
 
 
 def test_the_price_of_kl_has_moved(unbroken):
@@ -427,3 +432,73 @@ def test_the_proofs_are_printed_and_logged(unbroken, monkeypatch, capfd):
     assert 0 < line["proof/ratio"] <= 1e-4
     log = (unbroken / "ppo/proved/log.txt").read_text()
     assert "after the first update: reference, rm/tiny unmoved" in log
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_before_anything_is_loaded(
+    unbroken, monkeypatch, stop_at, capfd
+):
+    def earlier(checkpoint: Path) -> None:
+        raise RegistryError(f"{checkpoint}: of version 1")
+
+    stop_at(2)
+    assert run(monkeypatch, unbroken, "ppo", "run_name=earlier") == 143
+    monkeypatch.setattr(state_module, "read_file", earlier)
+    monkeypatch.setattr(StageRun, "loading", None)
+    capfd.readouterr()
+    assert run(monkeypatch, unbroken, "ppo", "run_name=earlier") == 2
+    said = capfd.readouterr().err
+    assert "refused: " in said
+    assert "ppo/earlier/checkpoints/step-000002: of version 1" in said
+    assert (unbroken / "ppo/earlier/checkpoints/step-000002/manifest.json").exists()
+
+
+# two processes -----------------------------------------------------------------------------------
+
+
+def start_two(runs: Path, stage: str, name: str) -> subprocess.Popen[str]:
+    """A stage as a user starts it, on two processes."""
+    command = [sys.executable, f"stages/{stage}.py", f"runs_dir={runs}", "tracking=off"]
+    return subprocess.Popen(
+        [*command, *SIZES[stage], "run=tiny", f"run_name={name}"],
+        cwd=ROOT,
+        env=os.environ | {"NPROC": "2"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("two")
+    for stage in SIZES:
+        process = start_two(runs, stage, "tiny")
+        assert process.wait() == 0, process.communicate()[1]
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(SIZES))
+def test_two_processes_that_were_stopped_end_bit_for_bit_as_unbroken_ones(unbroken_two, stage):
+    process = start_two(unbroken_two, stage, "broken")
+    log = unbroken_two / stage / "broken" / "metrics.jsonl"
+    while process.poll() is None:
+        steps = log.read_text().splitlines() if log.exists() else []
+        if steps and steps[-1].endswith("}") and json.loads(steps[-1])["step"] >= 1:
+            process.terminate()
+            break
+        time.sleep(0.02)
+    said = process.communicate()[1]
+    assert process.returncode == 143, said
+    assert "asked to stop: checkpoint at step" in said
+    process = start_two(unbroken_two, stage, "broken")
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert "goes on from its checkpoint at step" in said
+    assert numbers(unbroken_two, stage, "broken") == numbers(unbroken_two, stage)
+    broken = weights(unbroken_two, stage, "broken")
+    whole = weights(unbroken_two, stage, "tiny")
+    assert broken.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(broken[name], tensor), name
+    assert_equal(state(unbroken_two, stage, "broken"), state(unbroken_two, stage, "tiny"), stage)

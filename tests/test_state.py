@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.checkpointing import STATE, VERSION, Best, Checkpoints
+from rlhf.checkpointing import Best, Checkpoints
 from rlhf.config import PPOConfig, SamplingConfig, StopConfig
 from rlhf.console import Console
 from rlhf.controllers import AdaptiveKL, FixedKL
@@ -20,7 +20,7 @@ from rlhf.monitor import StoppingRules
 from rlhf.overoptimisation import GOLD, Course, Evaluation
 from rlhf.registry import Registry
 from rlhf.run import Run, open_run
-from rlhf.state import Stateful
+from rlhf.state import FILE, VERSION, Stateful
 from rlhf.supervised import Evaluations
 
 
@@ -113,12 +113,12 @@ def test_a_checkpoint_of_another_version_is_refused_with_the_ways_out(tmp_path, 
         open_run(Registry(tmp_path), "rm", "t", {}, {}) as run,
         run.checkpoint(1, best=True) as folder,
     ):
-        (folder / STATE).write_text(json.dumps(stored))
+        (folder / FILE).write_text(json.dumps(stored))
     refused = pytest.raises(RegistryError)
     with open_run(Registry(tmp_path), "rm", "t", {}, {}) as run, refused as caught:
         of(run)
     said = str(caught.value)
-    assert f"rm/t/checkpoints/step-000001: its {STATE} is of version {version}, " in said
+    assert f"rm/t/checkpoints/step-000001: its {FILE} is of version {version}, " in said
     assert "overwrite=true" in said
     assert "run_name=" in said
 
