@@ -118,7 +118,14 @@ def state(runs: Path, stage: str, name: str) -> dict[str, Any]:
 
 def files(folder: Path) -> dict[str, Any]:
     """What is in the files of a folder, by name."""
-    read = {".safetensors": load_file, ".json": lambda path: json.loads(path.read_text())}
+
+    def settings(path: Path) -> Any:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and "target_modules" in found:  # a set: each process has its own
+            found["target_modules"] = sorted(found["target_modules"])  # order
+        return found
+
+    read = {".safetensors": load_file, ".json": settings}
     read[".pt"] = read[".pth"] = lambda path: torch.load(path, weights_only=False)
     return {
         str(path.relative_to(folder)): read[path.suffix](path)
