@@ -70,11 +70,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def watching(checkpoints: Checkpoints) -> None:
         save(checkpoints)
-        tracked = checkpoints.tracked
-        assert untracked(tracked, older) == []
+        if checkpoints.step < checkpoints.total:
+            return
+        tracked, there = checkpoints.tracked, stateful()
+        assert untracked(there, tracked, older) == []
         for name, one in tracked.items():  # it would be found
             others = {other: tracked[other] for other in tracked if other != name}
-            assert untracked(others, older) == [type(one).__name__]
+            assert untracked(there, others, older) == [type(one).__name__]
         seen.append(sorted(tracked))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -86,10 +88,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-def untracked(tracked: dict[str, object], older: list[object]) -> list[str]:
-    """What keeps a state, was made since `older`, and is in no checkpoint."""
+def untracked(there: list[object], tracked: dict[str, object], older: list[object]) -> list[str]:
+    """What of all that keeps a state was made since `older`, and is in no checkpoint."""
     known = {id(one) for one in (*tracked.values(), *older)}
-    return [type(one).__name__ for one in stateful() if id(one) not in known]
+    return [type(one).__name__ for one in there if id(one) not in known]
 
 
 def stateful() -> list[object]:

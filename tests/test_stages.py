@@ -151,7 +151,7 @@ def test_another_seed_gives_other_numbers(line, monkeypatch):
     assert numbers(line, "ppo", "other") != numbers(line, "ppo")
 
 
-@pytest.mark.parametrize("ends", ["last", "stopped"])
+@pytest.mark.parametrize("ends", ["stopped", pytest.param("last", marks=pytest.mark.slow)])
 def test_the_numbers_that_are_published_are_those_of_the_published_step(line, monkeypatch, ends):
     """The first step is the best; the others, or a guard in the third, come after it."""
     from rlhf import monitor, ppo
