@@ -137,10 +137,11 @@ def main() -> None:
         return
     record = json.loads(given.same_as.read_text())
     other = [
-        f"{run}: {name}: {record.get(run, {}).get(name, '-')[:60]} -> {value[:60]}"
-        for run, values in made.items()
-        for name, value in values.items()
-        if record.get(run, {}).get(name) != value
+        f"{run}: {name}: {then.get(name, '-')[:60]} -> {now.get(name, '-')[:60]}"
+        for run, now in made.items()
+        for then in [record.get(run, {})]
+        for name in sorted(now | then)
+        if then.get(name) != now.get(name)
     ]
     print("\n".join(other) or f"the same to the bit: {len(made) - 1} runs")
     sys.exit(1 if other else 0)

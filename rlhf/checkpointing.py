@@ -72,8 +72,7 @@ class Checkpoints:
     Attributes:
         step: the step that was done last, or is at work.
         best: the best held-out value so far.
-        folder: the checkpoint this run goes on from, until the first step is done; None where it
-            starts anew.
+        folder: the checkpoint this run goes on from; None where it starts anew.
         stopping: some process was asked to stop; the checkpoint of this step is the last.
         stopped: why a guard ended it early, where the best checkpoint is published all the same.
 
@@ -138,7 +137,9 @@ class Checkpoints:
             if self.folder is None:
                 continue
             if name not in self._found:
-                raise RegistryError(f"{self.folder / state.FILE}: it holds no state of {name!r}.")
+                raise RegistryError(
+                    f"{self.folder / state.FILE}: it holds no state of {name!r}. {state.WAYS_OUT}"
+                )
             one.load_state_dict(
                 {key: self._loaded_value(value) for key, value in self._found.pop(name).items()}
             )
@@ -200,7 +201,7 @@ class Checkpoints:
         if self._found:
             raise RegistryError(
                 f"{self._folder(self.step) / state.FILE}: it holds the state of "
-                f"{', '.join(self._found)}, which this run does not track."
+                f"{', '.join(self._found)}, which this run does not track. {state.WAYS_OUT}"
             )
         progress = self._console.progress(self._stage, self.total, done=self.step)
         try:
@@ -264,7 +265,8 @@ class Checkpoints:
                 writing = self._run.checkpoint(self.step, best=self._improved, keep=self._keep)
                 folder = stack.enter_context(writing)
             engine.barrier()
-            states = {name: _write(one, folder) for name, one in self._tracked.items()}
+            taken: set[str] = set()
+            states = {name: _write(one, folder, taken) for name, one in self._tracked.items()}
             if self._run is not None:
                 size = ranks.world_size()
                 stored = {"version": state.VERSION, "world_size": size, "objects": states}
@@ -288,11 +290,17 @@ class Checkpoints:
         return self._dir / step_name(step)
 
 
-def _write(one: Stateful, folder: Path) -> dict[str, Any]:
-    """The state of an object as JSON holds it; what `Saves` is written below `folder`."""
+def _write(one: Stateful, folder: Path, taken: set[str]) -> dict[str, Any]:
+    """The state of an object as JSON holds it; what `Saves` is written below `folder`.
+
+    Args:
+        taken: names of folders that are written already.
+    """
     values = one.state_dict()
     for key, value in values.items():
         if isinstance(value, Saves):
+            assert key not in taken, f"two objects keep their files in {key}"
+            taken.add(key)
             value.save(folder / key)
             values[key] = {_FOLDER: key}
     return values

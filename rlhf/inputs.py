@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf import contract, data, rewards
-from rlhf.config import DataConfig, EvaluationConfig, PPOConfig, RewardConfig, TemplateConfig
+from rlhf.config import (
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    PPOConfig,
+    RewardConfig,
+    TemplateConfig,
+)
 from rlhf.contract import Reading
 from rlhf.data import Gold, Split
+from rlhf.methods.settings import MethodConfig
 from rlhf.registry import Published, Registry
 from rlhf.rewards import Function
 
@@ -101,7 +109,10 @@ def prepare_ppo(
     data_cfg: DataConfig,
     ppo: PPOConfig,
     evaluation: EvaluationConfig,
+    method: MethodConfig,
+    engine: EngineConfig,
     reading: Reading,
+    share_backbone: bool | None,
 ) -> PPOInputs:
     """Find and check what PPO starts from. Loads no weights and no torch.
 
@@ -110,6 +121,7 @@ def prepare_ppo(
     """
     functions = rewards.load_functions(reward)
     sft, rms = contract.ppo_parents(registry, policy_from, reward.references, reading)
+    contract.check_beginning(sft, rms, method, engine, share_backbone=share_backbone)
     watching = contract.watcher(registry, evaluation.second_rm, sft, rms, reading)
     splits = data.load("ppo", data_cfg)
     shown = data.demonstrations(ppo, data_cfg, sft.manifest.config, named=policy_from)

@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from rlhf.config import PROJECT
+from rlhf.errors import ConfigError
 
 LOCK = "requirements.lock"
 PINNED = re.compile(r"^(?:# first: )?([a-z0-9.-]+==[^ \\]+)( ; [^\\]+)?")  # a line of the lock
@@ -33,8 +34,19 @@ MISSING = "missing"
 UNKNOWN = "no version"
 
 
+def _expect_installed() -> None:
+    try:
+        importlib.metadata.version("rlhf")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            "rlhf: it is not installed, so the bounds of its libraries are not known. Run `make "
+            "setup`, or `pip install -e .` in the checkout."
+        ) from error
+
+
 def needed(extra: str | None = None) -> dict[str, str]:
     """Library -> the versions that are allowed, always or with one of the extras."""
+    _expect_installed()
     required = map(Requirement, importlib.metadata.requires("rlhf") or ())
     wanted = [one for one in required if _extra_of(one) == extra]
     return {one.name: _in_order(one.specifier) for one in wanted}

@@ -156,8 +156,9 @@ def score(
     measured = {f"{metrics.TERMS}{name}": part for name, part in verdict.parts.items()}
     if verdict.spread is not None:
         measured["objective/scores_spread"] = verdict.spread
-    sums = torch.stack([x.double().sum() for x in (*measured.values(), torch.ones(len(rows)))])
-    *totals, count = engine.sum_over_ranks(sums.to(engine.device())).tolist()
+    ones = torch.ones(len(rows), device=rollout.ids.device)
+    sums = torch.stack([x.double().sum() for x in (*measured.values(), ones)])
+    *totals, count = engine.sum_over_ranks(sums).tolist()
     return verdict, {name: total / count for name, total in zip(measured, totals, strict=True)}
 
 

@@ -21,6 +21,10 @@ T = TypeVar("T")
 
 FILE = "state.json"
 VERSION = 2  # of that file; 1 had no version in it
+WAYS_OUT = (
+    "Finish the run with the program that began it, or start it again: overwrite=true moves it "
+    "aside, run_name=... makes another."
+)
 
 
 @runtime_checkable
@@ -65,8 +69,6 @@ def read_file(checkpoint: Path) -> dict[str, Any]:
     if (version := found.get("version", 1)) != VERSION:
         raise RegistryError(
             f"{checkpoint}: its {FILE} is of version {version}, and this program reads version "
-            f"{VERSION}: a resumed run would not be the one that was interrupted. Finish the run "
-            "with the program that began it, or start it again: overwrite=true moves it aside, "
-            "run_name=... makes another."
+            f"{VERSION}: a resumed run would not be the one that was interrupted. {WAYS_OUT}"
         )
     return found

@@ -84,19 +84,18 @@ def prepare(cfg: config.PPOStage) -> PPOInputs:
     reading = contract.Reading(
         cfg.data.max_prompt_tokens, cfg.sampling.max_new_tokens, cfg.allow_foreign_rm
     )
-    inputs = prepare_ppo(
+    return prepare_ppo(
         Registry(cfg.runs_dir),
         cfg.policy_from,
         reward=cfg.reward,
         data_cfg=cfg.data,
         ppo=cfg.ppo,
         evaluation=cfg.evaluation,
+        method=cfg.method,
+        engine=cfg.engine,
         reading=reading,
+        share_backbone=cfg.share_backbone,
     )
-    contract.check_beginning(
-        inputs.sft, inputs.reward_runs, cfg.method, cfg.engine, share_backbone=cfg.share_backbone
-    )
-    return inputs
 
 
 class Parts(NamedTuple):
@@ -121,6 +120,9 @@ def load(cfg: config.PPOStage, inputs: PPOInputs, run: StageRun) -> Parts:
     texts = inputs.render(cfg.template, cfg.data, room=cfg.room)
     renderer, micro = texts.renderer, cfg.ppo.micro_batch_size
     run.note(texts.proof)
+    demonstrations = ptx.load(
+        inputs.demonstrations, renderer, cfg.data, seed=cfg.seed, micro_batch_size=micro
+    )
     models = load_all(
         *(inputs.sft, inputs.reward_runs, inputs.watching, renderer.tokenizer),
         *(cfg.method, cfg.engine),
@@ -129,12 +131,9 @@ def load(cfg: config.PPOStage, inputs: PPOInputs, run: StageRun) -> Parts:
     )
     roles, rows = models.roles, {name: split.rows for name, split in inputs.splits.items()}
     run.settle_threads(roles.policy, *models.readers.values())
-    run.note(golden.check_roles(roles, models.readers, inputs.sft, inputs.readers))
     reward = Rewards(cfg.reward, inputs.functions, models.reward_models)
-    shown = ptx.load(
-        inputs.demonstrations, renderer, cfg.data, seed=cfg.seed, micro_batch_size=micro
-    )
     policy, critic = ppo.engines(roles.policy, roles.critic, cfg.ppo, cfg.engine, cfg.method)
+    run.note(golden.check_roles(roles, models.readers, inputs.sft, inputs.readers))
     return Parts(
         roles=roles,
         prompts=rollout.Prompts(
@@ -146,7 +145,7 @@ def load(cfg: config.PPOStage, inputs: PPOInputs, run: StageRun) -> Parts:
         ),
         sampler=rollout.Sampler(roles.policy, renderer, cfg.sampling, cfg.seed),
         judge=ppo.Judge(reward, roles, renderer, cfg.ppo, cfg.sampling),
-        learner=ppo.Learner(policy, critic, cfg.ppo, cfg.sampling, cfg.seed, shown),
+        learner=ppo.Learner(policy, critic, cfg.ppo, cfg.sampling, cfg.seed, demonstrations),
         kl=ppo.kl_controller(cfg.ppo),
         held_out=evaluate.HeldOut(
             rows["validation"],

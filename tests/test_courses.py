@@ -125,7 +125,7 @@ def train(
     place.mkdir(parents=True, exist_ok=True)
     alone = open_run(Registry(place), "sft", "t", {}, {}) if ranks.is_main() else nullcontext()
     with alone as run:
-        keeper = Last(
+        checkpoints = Last(
             run,
             place / "sft" / "t" / "checkpoints",
             Console(quiet=True),
@@ -142,7 +142,7 @@ def train(
             cfg=cfg,
             engine_cfg=engine_cfg or EngineConfig(zero_stage=zero),
             seed=0,
-            checkpoints=keeper,
+            checkpoints=checkpoints,
             tracker=tracker,
             method=method,
             **options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from packaging.requirements import Requirement
 
 from rlhf import libraries
 from rlhf.config import PROJECT
+from rlhf.errors import ConfigError
 
 LOCK_NAME = "requirements.lock"
 LOCK = (PROJECT / LOCK_NAME).read_text()
@@ -115,3 +117,12 @@ def test_make_setup_takes_the_pythons_that_were_tested():
     assert tuple(f"{major}.{minor}" for major, minor in found) == libraries.tested_pythons()
     for minor in libraries.tested_pythons():
         assert libraries.within(f"{minor}.0", libraries.needed_python())
+
+
+def test_a_checkout_that_was_not_installed_says_so(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ConfigError, match=r"rlhf: it is not installed.*make setup"):
+        libraries.needed()

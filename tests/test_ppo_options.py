@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import ppo_steps
 import pytest
@@ -28,6 +29,7 @@ from rlhf import ppo
 from rlhf.config import AlgorithmConfig, PPOConfig, PPOStage, SamplingConfig
 from rlhf.controllers import AdaptiveKL, FixedKL
 from rlhf.errors import ConfigError
+from rlhf.rewards import Verdict
 
 __all__ = ["make_roles"]  # fixtures
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -254,6 +256,20 @@ def test_the_price_of_a_step_is_the_one_that_is_paid(make_roles):
     same, _ = ppo_steps.estimate_advantages(batch, stage(kl_coef=0.7), kl_coef=0.7)
     assert torch.equal(dear.returns, same.returns)
     assert stats["objective/kl_coef"] == 0.7
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_terms_are_averaged_wherever_the_scores_are(make_roles, device):
+    cfg = stage()
+    rollout = drawn(make_roles().policy, cfg)
+    rollout = replace(rollout, **{n: x.to(device) for n, x in rollout.tensors().items()})
+    scores = torch.arange(8.0, device=device)
+    reward = SimpleNamespace(score=lambda *_, **__: Verdict(scores, {"a": 2 * scores}, scores + 1))
+    rows = [{"prompt": [{"content": ""}]}] * 8
+    renderer = SimpleNamespace(decode=str)
+    verdict, means = ppo.score(rollout, reward, rows, renderer, micro_batch_size=4)
+    assert verdict.scores is scores
+    assert means == {"objective/scores/a": 7.0, "objective/scores_spread": 4.5}
 
 
 # policy ------------------------------------------------------------------------------------------

@@ -94,6 +94,11 @@ def test_what_is_no_longer_tracked_is_named(tmp_path):
             pass
 
 
+def test_two_objects_cannot_keep_their_files_in_one_folder(tmp_path):
+    with pytest.raises(AssertionError, match="two objects keep their files in weights"):
+        write(tmp_path, model=Model(), another=Model())
+
+
 def test_what_was_not_tracked_is_named(tmp_path):
     write(tmp_path, kl=FixedKL(0.1))
     lacking = pytest.raises(RegistryError, match="it holds no state of 'model'")
