@@ -34,9 +34,10 @@ MISSING = "missing"
 UNKNOWN = "no version"
 
 
-def _expect_installed() -> None:
+def _requirements() -> list[Requirement]:
+    """Those of the package; an extra's are marked by it."""
     try:
-        importlib.metadata.version("rlhf")
+        return list(map(Requirement, importlib.metadata.requires("rlhf") or ()))
     except importlib.metadata.PackageNotFoundError as error:
         raise ConfigError(
             "rlhf: it is not installed, so the bounds of its libraries are not known. Run `make "
@@ -46,9 +47,7 @@ def _expect_installed() -> None:
 
 def needed(extra: str | None = None) -> dict[str, str]:
     """Library -> the versions that are allowed, always or with one of the extras."""
-    _expect_installed()
-    required = map(Requirement, importlib.metadata.requires("rlhf") or ())
-    wanted = [one for one in required if _extra_of(one) == extra]
+    wanted = [one for one in _requirements() if _extra_of(one) == extra]
     return {one.name: _in_order(one.specifier) for one in wanted}
 
 

@@ -123,6 +123,6 @@ def test_a_checkout_that_was_not_installed_says_so(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
     with pytest.raises(ConfigError, match=r"rlhf: it is not installed.*make setup"):
         libraries.needed()
